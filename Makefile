@@ -1,0 +1,41 @@
+# make study   set-up and the laptop run (half an hour on two cores, offline)
+# make smoke   set-up and the smoke run (minutes)
+# make test    set-up and the tests          make lint   style of code and notebooks
+# make lab     set-up and JupyterLab         make format mend the style
+
+PYTHON ?= python3
+RUN := .venv/bin/python -m speed_utils
+
+.PHONY: study smoke test lab lint format setup doctor
+
+study: setup
+	@$(RUN) run --profile laptop
+
+smoke: setup
+	@$(RUN) run --profile smoke
+
+test: setup
+	@.venv/bin/python -m pytest -m "not slow"
+
+lab: setup
+	@.venv/bin/jupyter lab --notebook-dir=notebooks
+
+lint: setup
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/nbstripout --verify --keep-id \
+	  --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution" \
+	  notebooks/*.ipynb
+
+format: setup
+	@.venv/bin/ruff check --fix-only .
+	@.venv/bin/ruff format .
+	@.venv/bin/nbstripout --keep-id \
+	  --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution" \
+	  notebooks/*.ipynb
+
+setup:
+	@$(PYTHON) speed_utils/setup_environment.py
+
+doctor: setup
+	@$(RUN) doctor

@@ -1,0 +1,352 @@
+"""Train the embedding model: contrastive LoRA tuning, last-token [EOS] pooling, instructions.
+
+Reads examples, writes a plain sentence-transformers folder that anybody can load.
+
+    model = build_embedder(base_dir, tokens_max=128)
+    training = train_embedder(model, examples, out_dir, plan)
+    SentenceTransformer(str(training.model_dir))
+
+Paper: Section 3.3, Eq. 4; Appendix B. Temperature and learning rate are not stated there;
+E5_mistral (whose recipe the paper follows) has temperature 0.02, learning rate 1e-4, LoRA rank 16
+on all linear layers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from speed_utils.models import device_and_dtype
+from speed_utils.records import Example, record_id, write_text
+from speed_utils.training import (
+    CHECKPOINT_EVERY_STEPS,
+    TrainingError,
+    finished_training,
+    has_checkpoint,
+    training_key,
+    use_text_progress,
+)
+
+QUERY_TEMPLATE = "Instruct: {task}\nQuery: {query}"  # on the query side only (Section 3.3)
+
+
+@dataclass(frozen=True)
+class EmbedderPlan:
+    """How the embedder is trained.
+
+    Attributes:
+        learning_rate: peak, decayed linearly after the warm-up.
+        epochs: passes over the data; fractions are allowed.
+        batch_size: examples per step; each is the others' negative.
+        mini_batch_size: of these, how many are in memory at once (cached loss).
+        temperature: tau of Eq. 4.
+        tokens_max: of a query or document, EOS included; longer ones are cut.
+        lora_rank: rank of the adapters on all linear layers; alpha is twice the rank.
+        homogeneous_batches: batches of one kind; else triplets are mixed, and pairs are mixed.
+        seed: of data order and adapter initialisation.
+    """
+
+    learning_rate: float
+    epochs: float
+    batch_size: int
+    mini_batch_size: int = 16
+    temperature: float = 0.02
+    tokens_max: int = 512
+    lora_rank: int = 16
+    homogeneous_batches: bool = True
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class EmbedderTraining:
+    """A finished training: the model's folder, logged steps, metrics, and whether it was reused."""
+
+    model_dir: Path
+    history: list[dict]
+    metrics: dict[str, float]
+    was_reused: bool
+
+
+def query_text(task: str, query: str) -> str:
+    """The query with its task instruction, as in training and evaluation."""
+    return QUERY_TEMPLATE.format(task=task, query=query)
+
+
+def build_embedder(base_dir: Path | str, tokens_max: int) -> object:
+    """A causal language model as an embedder: its last token, an appended EOS, L2 normalised.
+
+    The EOS is added by the saved tokenizer itself, so that a plain SentenceTransformer does it too.
+
+    Returns:
+        A SentenceTransformer whose embeddings have shape (batch, hidden size), float32.
+
+    Raises:
+        TrainingError: the tokenizer cannot be made to append the EOS.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import (
+        Normalize,
+        Pooling,
+        Transformer,
+    )
+
+    device, dtype = device_and_dtype()
+    # Without this, sentence-transformers renders every text through the base's chat template.
+    text_only = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+    transformer = Transformer(
+        str(base_dir),
+        max_seq_length=tokens_max,
+        model_kwargs={"dtype": dtype},
+        modality_config=text_only,
+        module_output_name="token_embeddings",
+    )
+    transformer.tokenizer.chat_template = None
+    _append_eos(transformer.tokenizer)
+    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
+    model = SentenceTransformer(modules=[transformer, pooling, Normalize()], device=device)
+    model.max_seq_length = tokens_max
+    assert_eos(model, ["a", "a longer text " * tokens_max])
+    return model
+
+
+def assert_eos(model: object, texts: Sequence[str]) -> None:
+    """Check that every text ends with the EOS after tokenization, cut or not.
+
+    Raises:
+        TrainingError: one does not; its embedding would be that of another token.
+    """
+    features = model.preprocess(list(texts))
+    _assert_features_end(features, model.tokenizer.eos_token_id)
+
+
+def training_rows(examples: Sequence[Example]) -> dict[str, list[dict[str, str]]]:
+    """Examples as columns for the trainer, by kind: anchor, positive and, where given, negative.
+
+    Classification labels carry no instruction; queries do.
+    """
+    rows = defaultdict(list)
+    for example in examples:
+        row = {
+            "anchor": query_text(example.task, example.query),
+            "positive": example.positive,
+        }
+        if example.negative is not None:
+            row["negative"] = example.negative
+        rows[example.kind].append(row)
+    return dict(rows)
+
+
+def train_embedder(
+    base_dir: Path | str, examples: Sequence[Example], out_dir: Path, plan: EmbedderPlan
+) -> EmbedderTraining:
+    """Train by in-batch and hard negatives, merge the adapter, save the whole model.
+
+    Args:
+        base_dir: folder or hub name of the base model.
+        examples: pairs and triplets of any kind.
+        out_dir: folder of the training; ``out_dir/model`` is the result.
+        plan: hyperparameters.
+
+    Returns:
+        The training; metrics n_examples, n_steps, train_seconds, first_loss, last_loss.
+
+    Raises:
+        TrainingError: no examples, or an input without EOS.
+
+    Paper: Eq. 4.
+    """
+    if not examples:
+        raise TrainingError("no examples to train the embedder on; run 09 and 10 first")
+    rows = training_rows(examples)
+    key = training_key(base_dir, plan, [r for kind in sorted(rows) for r in rows[kind]])
+    done = _finished(out_dir, key)
+    if done is not None:
+        return done
+    model = build_embedder(base_dir, plan.tokens_max)
+    _add_lora(model, plan)
+    trainer = _trainer(model, rows, out_dir, plan)
+    result = trainer.train(resume_from_checkpoint=has_checkpoint(out_dir) or None)
+    _merge_lora(model)
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    metrics = {
+        "n_examples": len(examples),
+        "n_steps": trainer.state.global_step,
+        "train_seconds": result.metrics["train_runtime"],
+        "first_loss": history[0]["loss"] if history else None,
+        "last_loss": history[-1]["loss"] if history else None,
+    }
+    _save(model, out_dir / "model", plan, metrics)
+    state = {"key": key, "done": True, "history": history, "metrics": metrics}
+    write_text(out_dir / "training.json", json.dumps(state, indent=1))
+    for checkpoint in out_dir.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return EmbedderTraining(out_dir / "model", history, metrics, False)
+
+
+def _append_eos(tokenizer: object) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
+    ids = tokenizer("x")["input_ids"]
+    if ids[-1] == eos_id:
+        return
+    bos = [tokenizer.bos_token] if ids[0] == tokenizer.bos_token_id else []
+    special = [(eos, eos_id)] + [(token, tokenizer.bos_token_id) for token in bos]
+    single = [*bos, "$A", eos]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, pair=[*single, "$B:1", f"{eos}:1"], special_tokens=special
+    )
+    if tokenizer("x")["input_ids"][-1] != eos_id:
+        raise TrainingError(f"cannot make {type(tokenizer).__name__} append {eos!r}")
+
+
+def _assert_features_end(features: dict, eos_id: int) -> None:
+    ids, mask = features["input_ids"], features["attention_mask"]
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    if not (ids.gather(1, last[:, None]).squeeze(1) == eos_id).all():
+        raise TrainingError("an input does not end with the EOS token")
+
+
+def _add_lora(model: object, plan: EmbedderPlan) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(plan.seed)
+    config = LoraConfig(
+        r=plan.lora_rank,
+        lora_alpha=2 * plan.lora_rank,
+        target_modules="all-linear",
+        task_type="FEATURE_EXTRACTION",
+    )
+    model[0].model = get_peft_model(model[0].model, config)
+    for parameter in model[0].model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _merge_lora(model: object) -> None:
+    model[0].model = model[0].model.merge_and_unload()
+
+
+def _trainer(model: object, rows: dict, out_dir: Path, plan: EmbedderPlan) -> object:
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer.losses import (
+        CachedMultipleNegativesRankingLoss,
+        MultipleNegativesRankingLoss,
+    )
+
+    device, dtype = device_and_dtype()
+    groups = rows if plan.homogeneous_batches else _by_columns(rows)
+    n_steps = sum(-(-len(group) // plan.batch_size) for group in groups.values()) * plan.epochs
+    scale = 1 / plan.temperature
+    if plan.batch_size > plan.mini_batch_size:
+        loss = CachedMultipleNegativesRankingLoss(
+            model, scale=scale, mini_batch_size=plan.mini_batch_size
+        )
+    else:
+        loss = MultipleNegativesRankingLoss(model, scale=scale)
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(out_dir),
+        learning_rate=plan.learning_rate,
+        num_train_epochs=plan.epochs,
+        per_device_train_batch_size=plan.batch_size,
+        lr_scheduler_type="linear",
+        warmup_steps=min(100, max(1, int(n_steps) // 10)),
+        batch_sampler="no_duplicates",  # equal labels in one batch would be false negatives
+        multi_dataset_batch_sampler="proportional",
+        logging_steps=max(1, int(n_steps) // 20),
+        save_steps=CHECKPOINT_EVERY_STEPS,
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        seed=plan.seed,
+        use_cpu=device == "cpu",
+        bf16="bfloat16" in str(dtype),
+        dataloader_pin_memory=device == "cuda",
+    )
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset={kind: Dataset.from_list(group) for kind, group in groups.items()},
+        loss=loss,
+    )
+    _assert_eos_in_batches(trainer, model.tokenizer.eos_token_id)
+    use_text_progress(trainer, "embedder")
+    return trainer
+
+
+def _by_columns(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    groups = defaultdict(list)
+    for group in rows.values():
+        for row in group:
+            groups["triplets" if "negative" in row else "pairs"].append(row)
+    return dict(groups)
+
+
+def _assert_eos_in_batches(trainer: object, eos_id: int) -> None:
+    collect = trainer.collect_features
+
+    def collect_and_check(inputs):
+        features, labels = collect(inputs)
+        for feature in features:
+            _assert_features_end(feature, eos_id)
+        return features, labels
+
+    trainer.collect_features = collect_and_check
+
+
+def _finished(out_dir: Path, key: str) -> EmbedderTraining | None:
+    done = finished_training(out_dir, key)
+    if done is None:
+        return None
+    return EmbedderTraining(out_dir / "model", done.history, done.metrics, True)
+
+
+def _save(model: object, model_dir: Path, plan: EmbedderPlan, metrics: dict) -> None:
+    part = model_dir.with_name(f"{model_dir.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save(str(part), create_model_card=False)
+    (part / "README.md").write_text(_model_card(plan, metrics), encoding="utf8")
+    shutil.rmtree(model_dir, ignore_errors=True)
+    part.rename(model_dir)
+
+
+def _model_card(plan: EmbedderPlan, metrics: dict) -> str:
+    settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(plan).items())
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+language: en
+tags: [sentence-transformers, synthetic-data, speed-study]
+---
+
+# Embedding model trained on synthetic data ({record_id(asdict(plan), metrics)})
+
+Trained by the SPEED study on {metrics["n_examples"]} synthesized examples in
+{metrics["n_steps"]} steps. The last token (an EOS that the tokenizer appends) is the embedding.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("path/of/this/folder")
+queries = ["Instruct: Retrieve text that answers the question\\nQuery: how do tides work"]
+documents = ["The pull of the moon raises the sea twice a day."]
+print(model.similarity(model.encode(queries), model.encode(documents)))
+```
+
+Queries carry the instruction, documents do not. For symmetric tasks both sides carry it.
+
+| setting | value |
+| --- | --- |
+{settings}
+
+Limits: English; a small base model and little data; not for decisions about people.
+"""

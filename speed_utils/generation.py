@@ -1,0 +1,123 @@
+"""Requests to completions through a store: asked once, never again.
+
+The store is a JSON Lines file of finished requests, named by their content hash. A crash, a Ctrl-C
+or a restart loses at most the batch in flight, and nothing in the store is asked twice.
+
+    completions = generate(requests, engine, stage.output("completions.jsonl"))
+
+Paper: not stated; ours, because teacher calls cost money and generation costs hours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from speed_utils.engines import Completion, Engine, Request
+from speed_utils.prompts import words_bound
+from speed_utils.records import KIND_KEYS, Prompted
+
+TOKENS_PER_WORD = 1.6  # generous for English with small vocabularies, punctuation included
+DEFAULT_FIELD_WORDS = 40  # for fields whose length the prompt does not bound
+
+
+class Store:
+    """Finished completions on disk, one JSON object a line, appended and synced.
+
+    A last line that a crash cut short is dropped on opening.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._done: dict[str, Completion] = {}
+        self._load()
+
+    def get(self, key: str) -> Completion | None:
+        """The stored completion of a request key, or None."""
+        return self._done.get(key)
+
+    def add(self, completions: Sequence[Completion]) -> None:
+        """Append completions in one write, and wait until the disk has them."""
+        text = "".join(json.dumps(asdict(c), ensure_ascii=True) + "\n" for c in completions)
+        with self.path.open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._done.update({completion.key: completion for completion in completions})
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def _load(self) -> None:
+        if not self.path.exists():
+            return
+        data = self.path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            with self.path.open("r+b") as file:
+                file.truncate(end)
+        for line in data[:end].splitlines():
+            try:
+                completion = Completion(**json.loads(line))
+            except (ValueError, TypeError):
+                continue  # torn by a crash in the middle of the file: asked again
+            self._done[completion.key] = completion
+
+
+def generate(
+    requests: Sequence[Request], engine: Engine, store_path: Path | str, *, title: str = "generate"
+) -> list[Completion]:
+    """Answer all requests, from the store where they are done; in the order of the requests.
+
+    Completions that were in the store come back with ``cached=True``.
+
+    Raises:
+        ValueError: two requests are the same in every respect (give each another seed or id).
+    """
+    keys = [request.key(engine.name) for request in requests]
+    if len(set(keys)) < len(keys):
+        raise ValueError("two requests are identical; give each its own id or seed")
+    store = Store(store_path)
+    known = {key for key in keys if store.get(key) is not None}
+    with tqdm(total=len(requests), initial=len(known), desc=title, unit="req") as bar:
+        for batch in engine.batches(requests):
+            missing = [request for request in batch if store.get(request.key(engine.name)) is None]
+            if not missing:
+                continue
+            if engine.atomic_batches:
+                # An answer depends on its batch in the last digits: redo it whole, so that an
+                # interrupted run ends with the same texts as an undisturbed one.
+                fresh = list(engine.complete(batch))
+                store.add(fresh)
+                bar.update(len(missing))
+                continue
+            for completion in engine.complete(missing):
+                store.add([completion])
+                bar.update(1)
+    return [replace(store.get(key), cached=key in known) for key in keys]
+
+
+def answer_tokens(prompted: Prompted, words_max: int | None = None) -> int:
+    """Most tokens that an answer to this data prompt may take, from its length slots.
+
+    Half more words than are asked for, so that honest answers are not cut.
+
+    Args:
+        prompted: the record whose slots bound the length.
+        words_max: words of a field whose slot has no upper bound; None for DEFAULT_FIELD_WORDS.
+    """
+    least, most = words_bound(prompted.slots.get("num_words"))
+    unbounded = words_max or DEFAULT_FIELD_WORDS
+    long_field = most if most is not None else max(round(1.5 * least), unbounded)
+    short_field = DEFAULT_FIELD_WORDS // 2
+    n_long = {"classification": 1, "retrieval": 2, "matching_long": 2, "sts": 3}
+    n_long_fields = n_long.get(prompted.kind, 0)
+    n_short_fields = len(KIND_KEYS[prompted.kind]) - n_long_fields
+    n_words = n_long_fields * long_field + n_short_fields * short_field
+    return int(n_words * TOKENS_PER_WORD) + 32  # 32: keys, quotes and separators of the JSON object

@@ -1,0 +1,293 @@
+"""Run the study: execute the notebooks in order with papermill, skip what is up to date.
+
+    run_study("laptop", to_stage="04_train_junior")
+
+Each notebook runs in a kernel of its own; its executed copy is kept in the run folder, also when a
+cell fails. A run is locked while it is executed, so that two processes never write the same run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from speed_utils import runs
+from speed_utils.settings import (
+    NOTEBOOKS_DIR,
+    PROFILES_DIR,
+    ROOT_DIR,
+    Profile,
+    SettingsError,
+    find_stage,
+    load_profile,
+    stage_names,
+)
+
+SAVE_EVERY_SECONDS = 10  # the executed notebook is saved while it runs
+KERNEL_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",  # forks after use would dead-lock
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TQDM_MININTERVAL": "1",
+}
+
+
+class StudyError(RuntimeError):
+    """A stage failed; the message names notebook, cell and cause."""
+
+
+def run_study(
+    profile_name: str | None = None,
+    *,
+    run: str | None = None,
+    from_stage: str | None = None,
+    to_stage: str | None = None,
+    only_stage: str | None = None,
+    overrides: list[str] | None = None,
+) -> Path:
+    """Run the stages of a profile in order; finished ones whose record still holds are skipped.
+
+    Args:
+        profile_name: smoke, laptop, gpu, paper or the path of a YAML file; None continues the
+            named run with its own parameters, or takes laptop for a new one.
+        run: the run's name; None for the profile's name.
+        from_stage, to_stage, only_stage: limits, by name or number.
+        overrides: "stage.key=value" each.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        SettingsError: a name, key or value is not valid.
+        StudyError: a stage failed.
+        RunError: the run is being executed by another process.
+    """
+    profile, run = _plan(profile_name, run, overrides)
+    stages = _selected(from_stage, to_stage, only_stage)
+    folder = runs.run_dir(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if not (folder / "manifest.json").exists() or profile.stages != runs.read_manifest(run).get(
+            "parameters"
+        ):
+            runs.write_json(folder / "manifest.json", runs.manifest(profile.name, profile.stages))
+        print(f"run {run!r}, profile {profile.name}: {len(stages)} stages -> {folder}")
+        started = time.time()
+        n_executed = sum(_run_stage(stage, run, profile.stages[stage]) for stage in stages)
+        seconds = time.time() - started
+        print(
+            f"{n_executed} stages executed, {len(stages) - n_executed} up to date, {seconds:.0f} s"
+        )
+    return folder
+
+
+def status_rows(run: str) -> list[dict]:
+    """One row per stage of a run: stage, status, why it would run again, seconds, rows written.
+
+    Raises:
+        RunError: no such run.
+    """
+    manifest = runs.read_manifest(run)
+    if not manifest:
+        raise runs.RunError(f"no run {run!r} under {runs.outputs_dir() / 'runs'}")
+    rows = []
+    for stage in stage_names():
+        parameters = manifest["parameters"].get(stage, {})
+        record = runs.read_record(run, stage) or {}
+        is_done, why = runs.is_current(run, stage, parameters)
+        rows.append(
+            {
+                "stage": stage,
+                "status": "up to date" if is_done else why,
+                "seconds": record.get("seconds"),
+                "peak_gib": record.get("peak_memory_gib"),
+                "error": record.get("error"),
+            }
+        )
+    return rows
+
+
+def expected_seconds(stage: str, profile_name: str) -> float | None:
+    """How long the stage took in the reference run or an earlier run of this profile, or None."""
+    found: list[tuple[float, float]] = []
+    for manifest_path in runs.outputs_dir().glob("**/manifest.json"):
+        record_path = manifest_path.parent / "stages" / f"{stage}.json"
+        try:
+            if json.loads(manifest_path.read_text())["profile"] != profile_name:
+                continue
+            record = json.loads(record_path.read_text())
+        except (OSError, ValueError, KeyError):
+            continue
+        if record.get("status") == "done":
+            found.append((record_path.stat().st_mtime, record["seconds"]))
+    return max(found)[1] if found else None
+
+
+def _plan(
+    profile_name: str | None, run: str | None, overrides: list[str] | None
+) -> tuple[Profile, str]:
+    if profile_name is None and run is not None and runs.read_manifest(run):
+        manifest = runs.read_manifest(run)
+        known = {**manifest["parameters"]}
+        profile = load_profile(
+            manifest["profile"] if _is_profile(manifest["profile"]) else "laptop"
+        )
+        changed = [
+            f"{stage}.{key}={json.dumps(value)}"
+            for stage, values in known.items()
+            if stage in profile.stages
+            for key, value in values.items()
+            if key in profile.stages[stage] and profile.stages[stage][key] != value
+        ]
+        name = manifest["profile"]
+        profile = load_profile(name if _is_profile(name) else "laptop", changed + (overrides or []))
+        return profile, run
+    profile = load_profile(profile_name or "laptop", overrides)
+    return profile, run or profile.name
+
+
+def _is_profile(name: str) -> bool:
+    return (PROFILES_DIR / f"{name}.yaml").is_file()
+
+
+def _selected(first: str | None, last: str | None, only: str | None) -> list[str]:
+    stages = stage_names()
+    if only is not None:
+        return [find_stage(only)]
+    start = stages.index(find_stage(first)) if first else 0
+    end = stages.index(find_stage(last)) if last else len(stages) - 1
+    if start > end:
+        raise SettingsError(f"--from {first} comes after --to {last}")
+    return stages[start : end + 1]
+
+
+def _run_stage(stage: str, run: str, parameters: dict[str, object]) -> bool:
+    """Execute one stage unless its record holds; True when it was executed."""
+    is_done, why = runs.is_current(run, stage, parameters)
+    if is_done:
+        print(f"  {stage:24s} up to date")
+        return False
+    expected = expected_seconds(stage, runs.read_manifest(run)["profile"])
+    hint = f", about {expected:.0f} s last time" if expected else ""
+    print(f"  {stage:24s} {why}{hint}", flush=True)
+    executed = runs.run_dir(run) / "notebooks" / f"{stage}.ipynb"
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    runs.record_path(run, stage).unlink(missing_ok=True)
+    started = time.time()
+    try:
+        _execute(stage, executed, {"run": run, **parameters})
+    except BaseException as error:
+        cause = _cause(error)
+        seconds = time.time() - started
+        _record_failure(stage, run, parameters, cause=cause, seconds=seconds)
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise StudyError(
+            f"{stage} failed after {seconds:.0f} s, {cause}\n"
+            f"  executed notebook: {executed}\n"
+            f"  after mending it:  python -m speed_utils run --run {run}"
+        ) from None
+    record = runs.read_record(run, stage)
+    if record is None or record["status"] != "done":
+        raise StudyError(f"{stage} ran to its end but wrote no stage record")
+    print(f"  {stage:24s} done in {time.time() - started:.0f} s", flush=True)
+    return True
+
+
+def _execute(stage: str, executed: Path, parameters: dict[str, object]) -> None:
+    import papermill
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class StudyEngine(NBClientEngine):
+        """papermill's own engine, announcing each cell on the terminal."""
+
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
+            _announce_cells(nb_man, stage)
+            return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+
+    papermill_engines.register("study", StudyEngine)
+    environment = {k: v for k, v in KERNEL_ENVIRONMENT.items() if k not in os.environ}
+    path = os.pathsep.join(p for p in (str(ROOT_DIR), os.environ.get("PYTHONPATH")) if p)
+    with _environment({**environment, "PYTHONPATH": path}):
+        papermill.execute_notebook(
+            NOTEBOOKS_DIR / f"{stage}.ipynb",
+            executed,
+            parameters=parameters,
+            engine_name="study",
+            kernel_name="python3",
+            cwd=str(NOTEBOOKS_DIR),
+            progress_bar=False,
+            stderr_file=sys.stderr,  # progress bars of training and generation
+            autosave_cell_every=SAVE_EVERY_SECONDS,
+        )
+
+
+def _announce_cells(nb_man, stage: str) -> None:
+    code_cells = [i for i, cell in enumerate(nb_man.nb.cells) if cell.cell_type == "code"]
+    started = time.time()
+    cell_start = nb_man.cell_start
+
+    def announce(cell, cell_index=None, **kwargs):
+        if cell_index in code_cells:
+            position = code_cells.index(cell_index) + 1
+            elapsed = time.time() - started
+            print(f"    {stage} cell {position}/{len(code_cells)} at {elapsed:.0f} s", flush=True)
+        return cell_start(cell, cell_index, **kwargs)
+
+    nb_man.cell_start = announce
+
+
+def _cause(error: BaseException) -> str:
+    from papermill.exceptions import PapermillExecutionError
+
+    if isinstance(error, PapermillExecutionError):
+        first_line = (error.evalue or "").strip().splitlines() or [""]
+        return f"code cell {error.exec_count}: {error.ename}: {first_line[0]}"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return f"{type(error).__name__}: {error}"
+
+
+def _record_failure(
+    stage: str, run: str, parameters: dict[str, object], *, cause: str, seconds: float
+) -> None:
+    record = runs.Stage(stage, run, parameters).record("failed", {}, error=cause)
+    runs.write_json(runs.record_path(run, stage), {**record, "seconds": round(seconds, 1)})
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise runs.RunError(
+                f"run {folder.name!r} is being executed by process {file.read().strip()}; wait for "
+                "it, or use --run with another name"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
