@@ -7,6 +7,7 @@ order: the same form that the training targets have.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import llguidance
 import llguidance.hf
@@ -14,7 +15,7 @@ import llguidance.numpy as bitmasks
 import numpy as np
 import torch
 
-_JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Constraint:
@@ -36,25 +37,29 @@ class ConstraintState:
     """
 
     def __init__(self, tokenizer: llguidance.LLTokenizer, grammar: str):
-        self._matcher = llguidance.LLMatcher(tokenizer, grammar)
-        self._bits = bitmasks.allocate_token_bitmask(1, tokenizer.vocab_size)
-
-    def mask(self, row: torch.Tensor) -> None:
-        """Set the logits of tokens that cannot follow to minus infinity, in place.
-
-        Args:
-            row: logits of one answer's next token. Shape (vocabulary,), float32.
-        """
-        bitmasks.fill_next_token_bitmask(self._matcher, self._bits)
-        allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: row.shape[0]]
-        allowed = torch.from_numpy(allowed.astype(bool)).to(row.device)
-        row[: len(allowed)].masked_fill_(~allowed, -torch.inf)
-        row[len(allowed) :] = -torch.inf
+        self.matcher = llguidance.LLMatcher(tokenizer, grammar)
 
     def accept(self, token: int) -> None:
         """Advance by the token that was chosen."""
-        if not self._matcher.consume_token(token):
-            raise ValueError(f"token {token} is not allowed here: {self._matcher.get_error()}")
+        if not self.matcher.consume_token(token):
+            raise ValueError(f"token {token} is not allowed here: {self.matcher.get_error()}")
+
+
+def mask_logits(logits: torch.Tensor, states: Sequence[ConstraintState | None]) -> None:
+    """Set the logits of tokens that cannot follow to minus infinity, in place.
+
+    Args:
+        logits: of each answer's next token. Shape (answers, vocabulary), float32.
+        states: one per answer; None where anything may follow.
+    """
+    if not any(states):
+        return
+    bits = bitmasks.allocate_token_bitmask(len(states), logits.shape[1])
+    for index, state in enumerate(states):
+        if state is not None:
+            bitmasks.fill_next_token_bitmask(state.matcher, bits, index)
+    allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, : logits.shape[1]]
+    logits.masked_fill_(torch.from_numpy(allowed == 0).to(logits.device), -torch.inf)
 
 
 _TOKENIZERS: dict[int, tuple[object, llguidance.LLTokenizer]] = {}
@@ -69,7 +74,7 @@ def compile_constraint(tokenizer: object, schema: dict) -> Constraint:
     if id(tokenizer) not in _TOKENIZERS:  # about a second per tokenizer
         _TOKENIZERS[id(tokenizer)] = (tokenizer, llguidance.hf.from_tokenizer(tokenizer))
     grammar = llguidance.LLMatcher.grammar_from_json_schema(
-        json.dumps({**schema, "x-guidance": _JSON_FORM})
+        json.dumps({**schema, "x-guidance": JSON_FORM})
     )
     error = llguidance.LLMatcher.validate_grammar(grammar)
     if error:

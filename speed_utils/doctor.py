@@ -14,7 +14,7 @@ import shutil
 import sys
 
 from speed_utils.runs import outputs_dir
-from speed_utils.settings import NOTEBOOKS_DIR, ROOT_DIR, stage_names
+from speed_utils.settings import NOTEBOOKS_DIR, ROOT_DIR, load_profile, stage_names
 
 PYTHON_RANGE = ((3, 11), (3, 13))
 DISK_NEEDED_GIB = 6  # models, checkpoints and one laptop run
@@ -77,6 +77,26 @@ def stage_map() -> list[dict[str, object]]:
                 "writes": _header_field(head, "Writes"),
                 "paper": _header_field(head, "Paper"),
                 "seconds": _newest_seconds(stage),
+            }
+        )
+    return rows
+
+
+def profile_sizes() -> list[dict[str, object]]:
+    """One row per profile: what it is, its teacher and how much it writes."""
+    rows = []
+    for name in ("smoke", "laptop", "gpu", "paper"):
+        profile = load_profile(name)
+        stages = profile.stages
+        rows.append(
+            {
+                "profile": name,
+                "about": profile.about,
+                "teacher": stages["03_write_seed_data"]["teacher"],
+                "seed": stages["03_write_seed_data"]["n_examples"],
+                "preferences": stages["05_build_preferences"]["n_lists"],
+                "revisions": stages["07_write_revisions"]["n_revisions"],
+                "synthesized": stages["09_synthesize"]["n_examples"],
             }
         )
     return rows

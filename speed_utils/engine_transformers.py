@@ -17,11 +17,17 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
-from speed_utils.constraints import Constraint, compile_constraint
+from speed_utils.constraints import (
+    Constraint,
+    ConstraintState,
+    compile_constraint,
+    mask_logits,
+)
 from speed_utils.engines import Completion, Request
 from speed_utils.models import device_and_dtype, folder_fingerprint, render_chat
 
 CACHE_STEP_TOKENS = 64  # the cache buffer grows by this many positions
+TOP_TOKENS = 128  # enough for nearly every nucleus; a wider one is sorted in full
 SHRINK_SHARE = 0.75  # rows that are done are dropped once at most this share is still running
 
 
@@ -117,26 +123,26 @@ class TransformersEngine:
                 ids, positions, mask = ids[index], positions[index], mask[index]
                 rows = [rows[k] for k in keep]
 
-    def _sample(self, logits, samplers, is_done) -> list[int]:
+    def _sample(self, logits: torch.Tensor, samplers: list[_Sampler], is_done: list[bool]):
+        """One token per row. Shape of logits (rows, vocabulary); rows that are done get any."""
         logits = logits.float()
-        for k, sampler in enumerate(samplers):
-            if not is_done[k]:
-                sampler.prepare(logits[k])
-        tokens = logits.argmax(-1).tolist()
+        mask_logits(
+            logits, [None if d else s.state for s, d in zip(samplers, is_done, strict=True)]
+        )
+        tokens = _draw(logits, samplers)
         for sampler, token, skip in zip(samplers, tokens, is_done, strict=True):
-            if not skip:
-                sampler.accept(token)
+            if not skip and sampler.state is not None:
+                sampler.state.accept(token)
         return tokens
 
     def _sampler(self, request: Request) -> _Sampler:
-        constraint = None
+        state = None
         if request.schema is not None:
             key = str(request.schema)
             if key not in self._compiled:
                 self._compiled[key] = compile_constraint(self.tokenizer, request.schema)
-            constraint = self._compiled[key].start()
-        generator = torch.Generator().manual_seed(request.seed)
-        return _Sampler(request, constraint, generator)
+            state = self._compiled[key].start()
+        return _Sampler(request, state, torch.Generator().manual_seed(request.seed))
 
     def _eos_ids(self) -> set[int]:
         ids = self.model.generation_config.eos_token_id
@@ -145,32 +151,57 @@ class TransformersEngine:
 
 
 class _Sampler:
-    """Turns one row of logits into a sample by the Gumbel-max trick, in place.
+    """What one row samples with: its request, its constraint's state and its own generator."""
 
-    argmax(logits / T + Gumbel noise) is an exact sample of softmax(logits / T), and the noise comes
-    from the request's own generator: what other rows do has no influence.
+    def __init__(self, request: Request, state: ConstraintState | None, generator: torch.Generator):
+        self.request, self.state, self.generator = request, state, generator
+
+
+def _draw(logits: torch.Tensor, samplers: list[_Sampler]) -> list[int]:
+    """Sample a token per row by inverting the cumulative distribution.
+
+    The only randomness is one uniform number per row from the row's own generator, so what other
+    rows do has no influence. Temperature 0 takes the likeliest token.
     """
+    requests = [sampler.request for sampler in samplers]
+    heat = torch.tensor([r.temperature or 1.0 for r in requests], device=logits.device)
+    uniform = torch.stack([torch.rand(1, generator=s.generator) for s in samplers])
+    uniform = uniform.to(logits.device)
+    probabilities = (logits / heat[:, None]).softmax(-1)
+    tokens = _invert(probabilities, uniform)
+    for top_p in {request.top_p for request in requests if request.top_p < 1}:
+        rows = [k for k, request in enumerate(requests) if request.top_p == top_p]
+        for k, token in zip(rows, _draw_nucleus(probabilities, uniform, rows, top_p), strict=True):
+            tokens[k] = token
+    likeliest = logits.argmax(-1).tolist()
+    pairs = zip(tokens, likeliest, requests, strict=True)
+    return [best if request.temperature <= 0 else token for token, best, request in pairs]
 
-    def __init__(self, request: Request, constraint, generator: torch.Generator):
-        self.request, self.constraint, self.generator = request, constraint, generator
 
-    def prepare(self, row: torch.Tensor) -> None:
-        if self.constraint is not None:
-            self.constraint.mask(row)
-        if self.request.temperature <= 0:
-            return
-        row /= self.request.temperature
-        if self.request.top_p < 1:
-            ordered, index = row.sort(descending=True)
-            probabilities = ordered.softmax(-1)
-            outside = probabilities.cumsum(-1) - probabilities > self.request.top_p
-            row[index[outside]] = -torch.inf
-        noise = torch.empty(row.shape).exponential_(generator=self.generator)
-        row -= noise.log().to(row.device)
+def _draw_nucleus(
+    probabilities: torch.Tensor, uniform: torch.Tensor, rows: list[int], top_p: float
+) -> list[int]:
+    """Sample rows within the smallest set of likeliest tokens that holds ``top_p``."""
+    index = torch.tensor(rows, device=probabilities.device)
+    chosen, drawn = probabilities[index], uniform[index]
+    ordered, order = chosen.topk(min(TOP_TOKENS, chosen.shape[1]), -1)
+    tokens = _invert(_nucleus(ordered, top_p), drawn, order)
+    for k in (ordered.sum(-1) < top_p).nonzero().flatten().tolist():  # a wide nucleus: sort it all
+        ordered_row, order_row = chosen[k : k + 1].sort(-1, descending=True)
+        tokens[k] = _invert(_nucleus(ordered_row, top_p), drawn[k : k + 1], order_row)[0]
+    return tokens
 
-    def accept(self, token: int) -> None:
-        if self.constraint is not None:
-            self.constraint.accept(token)
+
+def _nucleus(ordered: torch.Tensor, top_p: float) -> torch.Tensor:
+    return ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0.0)
+
+
+def _invert(weights: torch.Tensor, uniform: torch.Tensor, order: torch.Tensor | None = None):
+    """The tokens at which the cumulative weights pass the uniform numbers. Shape (rows, tokens)."""
+    cumulative = weights.cumsum(-1)
+    place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    place = place.clamp(max=cumulative.shape[1] - 1)
+    return (place if order is None else order.gather(1, place)).squeeze(1).tolist()
 
 
 class _GrowingLayer(DynamicLayer):

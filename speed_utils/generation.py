@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from speed_utils.engines import Completion, Engine, Request
 from speed_utils.prompts import words_bound
@@ -100,7 +100,8 @@ def generate(
             for completion in engine.complete(missing):
                 store.add([completion])
                 bar.update(1)
-    return [replace(store.get(key), cached=key in known) for key in keys]
+    answers = [store.get(key) for key in keys]
+    return [replace(c, cached=c.cached or c.key in known) for c in answers]
 
 
 def answer_tokens(prompted: Prompted, words_max: int | None = None) -> int:

@@ -114,7 +114,9 @@ def train_sft(
     arguments = common_arguments(plan, out_dir, len(fitting))
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(base_dir, dtype=device_and_dtype()[1]),
-        args=SFTConfig(completion_only_loss=True, packing=False, **arguments),
+        args=SFTConfig(
+            completion_only_loss=True, packing=False, loss_type="chunked_nll", **arguments
+        ),
         train_dataset=Dataset.from_list(fitting),
         eval_dataset=Dataset.from_list(fitting_heldout),
         processing_class=tokenizer,

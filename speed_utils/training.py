@@ -44,7 +44,7 @@ class TrainingPlan:
     learning_rate: float
     epochs: float
     batch_size: int
-    device_batch_size: int = 8
+    device_batch_size: int = 2
     tokens_max: int = 512
     lora_rank: int = 16
     seed: int = 42
