@@ -89,9 +89,11 @@ def train_dpo(
     fitting = within_tokens(tokenizer, rows, plan.tokens_max)
     fitting_heldout = within_tokens(tokenizer, heldout, plan.tokens_max)
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=device_and_dtype()[1])
+    arguments = common_arguments(plan, out_dir, len(fitting))
+    arguments["train_sampling_strategy"] = "random"  # pairs have no single length to group by
     trainer = DPOTrainer(
         model=PeftModel.from_pretrained(base, junior_dir, is_trainable=True),
-        args=DPOConfig(beta=plan.beta, **common_arguments(plan, out_dir, len(fitting))),
+        args=DPOConfig(beta=plan.beta, **arguments),
         train_dataset=Dataset.from_list(fitting),
         eval_dataset=Dataset.from_list(fitting_heldout),
         processing_class=tokenizer,

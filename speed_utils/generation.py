@@ -19,10 +19,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from speed_utils.engines import Completion, Engine, Request
-from speed_utils.prompts import words_bound
+from speed_utils.prompts import object_schema, words_bound
 from speed_utils.records import KIND_KEYS, Prompted
 
-TOKENS_PER_WORD = 1.6  # generous for English with small vocabularies, punctuation included
+CHARS_PER_WORD = 6  # of English, the blank included
+TOKENS_PER_WORD = 1.8  # generous for English with small vocabularies, punctuation included
 DEFAULT_FIELD_WORDS = 40  # for fields whose length the prompt does not bound
 
 
@@ -104,21 +105,40 @@ def generate(
     return [replace(c, cached=c.cached or c.key in known) for c in answers]
 
 
-def answer_tokens(prompted: Prompted, words_max: int | None = None) -> int:
-    """Most tokens that an answer to this data prompt may take, from its length slots.
+def field_words(prompted: Prompted) -> dict[str, int]:
+    """Most words that each field of an answer may take, from the prompt's length slots.
 
     Half more words than are asked for, so that honest answers are not cut.
-
-    Args:
-        prompted: the record whose slots bound the length.
-        words_max: words of a field whose slot has no upper bound; None for DEFAULT_FIELD_WORDS.
     """
     least, most = words_bound(prompted.slots.get("num_words"))
-    unbounded = words_max or DEFAULT_FIELD_WORDS
-    long_field = most if most is not None else max(round(1.5 * least), unbounded)
+    long_field = most if most is not None else max(round(1.5 * least), DEFAULT_FIELD_WORDS)
     short_field = DEFAULT_FIELD_WORDS // 2
     n_long = {"classification": 1, "retrieval": 2, "matching_long": 2, "sts": 3}
-    n_long_fields = n_long.get(prompted.kind, 0)
-    n_short_fields = len(KIND_KEYS[prompted.kind]) - n_long_fields
-    n_words = n_long_fields * long_field + n_short_fields * short_field
+    keys = KIND_KEYS[prompted.kind]
+    if prompted.kind == "retrieval":  # the query is the short one, and stands first
+        lengths = [short_field, long_field, long_field]
+    else:
+        count = n_long.get(prompted.kind, 0)
+        lengths = [long_field] * count + [short_field] * (len(keys) - count)
+    return dict(zip(keys, lengths, strict=True))
+
+
+def bounded_schema(prompted: Prompted) -> dict:
+    """The kind's JSON schema with a length limit on each field.
+
+    A small model that begins to repeat itself never stops; the limit ends the field instead of
+    losing the answer. It is far above what the prompt asks for.
+    """
+    limits = field_words(prompted)
+    return object_schema(
+        {
+            key: {"type": "string", "minLength": 1, "maxLength": words * CHARS_PER_WORD}
+            for key, words in limits.items()
+        }
+    )
+
+
+def answer_tokens(prompted: Prompted) -> int:
+    """Most tokens that an answer to this data prompt may take, from its length slots."""
+    n_words = sum(field_words(prompted).values())
     return int(n_words * TOKENS_PER_WORD) + 32  # 32: keys, quotes and separators of the JSON object

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from speed_utils.engines import Completion, Request
-from speed_utils.generation import answer_tokens
+from speed_utils.generation import answer_tokens, bounded_schema
 from speed_utils.parsing import is_valid_answer, parse_example, prompt_fields
-from speed_utils.prompts import answer_schema, messages, prompt_of, revisor_prompt
+from speed_utils.prompts import messages, prompt_of, revisor_prompt
 from speed_utils.records import (
     Candidates,
     Example,
@@ -52,7 +52,7 @@ def example_requests(
             temperature=temperature,
             top_p=top_p,
             seed=request_seed(seed, prompt.id, candidate),
-            schema=answer_schema(prompt.kind) if is_constrained else None,
+            schema=bounded_schema(prompt) if is_constrained else None,
         )
         for prompt in prompts
         for candidate in range(n_candidates)
@@ -76,7 +76,7 @@ def revise_requests(
             temperature=temperature,
             top_p=top_p,
             seed=request_seed(seed, "revise", draft.id),
-            schema=answer_schema(draft.kind) if is_constrained else None,
+            schema=bounded_schema(draft) if is_constrained else None,
         )
         for draft in drafts
     ]

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from speed_utils.engines import Completion, Request
-from speed_utils.generation import Store, answer_tokens, generate
+from speed_utils.generation import Store, answer_tokens, field_words, generate
 from speed_utils.records import Prompted
 
 
@@ -136,4 +136,7 @@ def test_the_token_limit_follows_the_length_slots():
     assert limit("classification", num_words="less than 10") < limit(
         "classification", num_words="at least 100"
     )
+    assert field_words(
+        Prompted(id="x", kind="retrieval", topic="t", task="x", slots={"num_words": 300})
+    ) == {"user_query": 20, "positive_document": 450, "hard_negative_document": 450}
     assert limit("matching_short") < limit("sts", unit="sentence")
