@@ -1,12 +1,13 @@
 # make study   set-up and the laptop run (half an hour on two cores, offline)
 # make smoke   set-up and the smoke run (minutes)
-# make test    set-up and the tests          make lint   style of code and notebooks
+# make test    set-up and the quick tests    make lint   style of code and notebooks
+# make chain   the whole chain at smoke size, killed and resumed (over ten minutes)
 # make lab     set-up and JupyterLab         make format mend the style
 
 PYTHON ?= python3
 RUN := .venv/bin/python -m speed_utils
 
-.PHONY: study smoke test lab lint format setup doctor
+.PHONY: study smoke test chain lab lint format setup doctor
 
 study: setup
 	@$(RUN) run --profile laptop
@@ -15,7 +16,10 @@ smoke: setup
 	@$(RUN) run --profile smoke
 
 test: setup
-	@.venv/bin/python -m pytest -m "not slow"
+	@.venv/bin/python -m pytest -m "not slow and not chain"
+
+chain: setup
+	@.venv/bin/python -m pytest -m chain
 
 lab: setup
 	@.venv/bin/jupyter lab --notebook-dir=notebooks

@@ -175,7 +175,10 @@ def open_stage(name: str, *, run: str, **parameters: object) -> Stage:
             print(f"parameters differ from the run's own: working in run {run!r}")
     if not (run_dir(run) / "manifest.json").exists():
         write_json(run_dir(run) / "manifest.json", manifest("scratch", {}))
-    return Stage(name, run, parameters)
+    stage = Stage(name, run, parameters)
+    if parameters.get("teacher") == "recorded":
+        stage.external("data/teacher")  # other recordings make the stage run again
+    return stage
 
 
 def is_current(run: str, name: str, parameters: dict[str, object]) -> tuple[bool, str]:
