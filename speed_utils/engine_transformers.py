@@ -2,8 +2,7 @@
 
 Each request samples with its own random generator, batches are cut the same way every time, and
 rows that are done leave the batch. Attention over the cache shares each key head among its query
-heads without copying it, and the cache grows in place: on two CPU cores together about twice as
-fast as ``generate`` (tests/benchmarks/decode.py measures it).
+heads without copying it, and the cache grows in place.
 """
 
 from __future__ import annotations
