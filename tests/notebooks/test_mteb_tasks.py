@@ -13,10 +13,7 @@ import pytest
 from speed_utils.settings import ROOT_DIR
 
 MIRROR_DIR = ROOT_DIR.parent / "shared" / "hub"
-pytestmark = [
-    pytest.mark.chain,
-    pytest.mark.skipif(not MIRROR_DIR.is_dir(), reason="no local mirror of the hub"),
-]
+pytestmark = pytest.mark.skipif(not MIRROR_DIR.is_dir(), reason="no local mirror of the hub")
 SCRIPT = textwrap.dedent(
     """
     import json, sys
