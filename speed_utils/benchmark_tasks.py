@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,17 +31,26 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.abstasks.text.summarization import AbsTaskSummarization
 
 from speed_utils import benchmark_files
+from speed_utils.benchmark_files import BenchmarkError
 
 BENCHMARK_DIR = Path(__file__).parent.parent / "data" / "benchmark"
 
 
-def bundled_tasks(data_dir: Path | str = BENCHMARK_DIR) -> list[AbsTask]:
+def bundled_tasks(types: Sequence[str] = (), data_dir: Path | str = BENCHMARK_DIR) -> list[AbsTask]:
     """One task of each MTEB type, in alphabetical order.
 
     Args:
+        types: MTEB types ("STS", "Retrieval", ...) to take; empty for all seven.
         data_dir: folder with the benchmark's JSON Lines files.
+
+    Raises:
+        BenchmarkError: an unknown type; names the seven.
     """
-    return [task_class(data_dir) for task_class in TASK_CLASSES]
+    known = {task_class.metadata.type: task_class for task_class in TASK_CLASSES}
+    unknown = sorted(set(types) - set(known))
+    if unknown:
+        raise BenchmarkError(f"no bundled task of type {unknown[0]!r}; choose of {list(known)}")
+    return [known[type](data_dir) for type in known if not types or type in types]
 
 
 def _metadata(

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from speed_utils import runs
-from speed_utils.records import KINDS, Example, read_records
-from speed_utils.settings import ROOT_DIR, stage_names
+from speed_utils.records import Example, read_records
+from speed_utils.settings import ROOT_DIR, load_profile, stage_names
 
 pytestmark = pytest.mark.chain
 CANARY = "sk-canary-51c3a9"
@@ -72,7 +72,8 @@ def test_kill_9_in_the_middle_of_09_loses_nothing(folder):
     whole_lines = before[: before.rfind(b"\n") + 1]
     assert after.startswith(whole_lines), "finished requests were written again"
     keys = [json.loads(line)["key"] for line in after.splitlines()]
-    assert len(keys) == len(set(keys)) == 30
+    n_asked = load_profile("smoke").stages["09_synthesize"]["n_examples"]
+    assert len(keys) == len(set(keys)) == n_asked
     assert "up to date" in result.stdout, "stages before 09 were executed again"
 
 
@@ -105,17 +106,17 @@ def test_the_stages_did_their_work(folder):
     assert written["constrained_valid_share"] >= 0.5
     path = folder / "runs" / "smoke" / "artifacts" / "10_deduplicate" / "dataset.jsonl"
     examples = read_records(path, Example)
-    assert {example.kind for example in examples} == set(KINDS)
+    assert {"classification", "retrieval", "sts"} <= {example.kind for example in examples}
     assert {example.source for example in examples} <= {"senior", "revisor"}
     for stage in ("02_brainstorm_tasks", "03_write_seed_data", "05_build_preferences"):
         teacher = record(folder, stage)["teacher"]
         assert teacher["calls"] == teacher["cached"] > 0 and teacher["usd"] == 0
 
 
-def test_seven_tasks_and_three_models_were_scored(folder):
+def test_three_models_were_scored_by_mteb(folder):
     path = folder / "runs" / "smoke" / "artifacts" / "12_evaluate_mteb" / "scores.json"
     rows = json.loads(path.read_text())
-    assert len(rows) == 8 and rows[-1]["task"] == "mean"
+    assert [r["task"] for r in rows] == ["SpeedBenchClassification", "SpeedBenchSTS", "mean"]
     for row in rows:
         assert {"base", "trained", "reference", "gain"} <= set(row)
         assert row["reference"] > row["base"]

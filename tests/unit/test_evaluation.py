@@ -117,7 +117,7 @@ def benchmark_dir(tmp_path):
 def tasks_of(folder):
     from speed_utils.benchmark_tasks import bundled_tasks
 
-    return bundled_tasks(folder)
+    return bundled_tasks(data_dir=folder)
 
 
 def test_an_encoder_that_knows_words_beats_one_that_knows_nothing(benchmark_dir, tmp_path):
@@ -138,6 +138,19 @@ def test_an_encoder_that_knows_words_beats_one_that_knows_nothing(benchmark_dir,
     assert (knowing["score"] > 95).all() and (knowing["score"] <= 100).all()
     assert (knowing["score"] - random["score"] > 10).all()
     assert random.set_index("task").loc["SpeedBenchClassification", "score"] < 60
+
+
+def test_bundled_tasks_can_be_chosen_by_type():
+    from speed_utils.benchmark_files import BenchmarkError
+    from speed_utils.benchmark_tasks import bundled_tasks
+
+    assert [t.metadata.name for t in bundled_tasks(["STS", "Classification"])] == [
+        "SpeedBenchClassification",
+        "SpeedBenchSTS",
+    ]
+    assert len(bundled_tasks()) == 7
+    with pytest.raises(BenchmarkError, match=r"Sts.*Retrieval"):
+        bundled_tasks(["Sts"])
 
 
 def test_queries_and_documents_are_told_apart_and_other_texts_are_neither(benchmark_dir, tmp_path):
