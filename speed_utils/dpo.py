@@ -32,9 +32,14 @@ from speed_utils.training import (
 
 @dataclass(frozen=True)
 class DpoPlan(TrainingPlan):
-    """A training plan with beta: how strongly the senior is held near the junior."""
+    """A training plan for pairs, which are two sequences each.
+
+    Attributes:
+        beta: how strongly the senior is held near the junior.
+    """
 
     beta: float = 0.1
+    device_batch_size: int = 1
 
 
 def preference_rows(tokenizer: object, preferences: Sequence[Preference]) -> list[dict[str, str]]:
