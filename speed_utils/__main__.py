@@ -1,4 +1,4 @@
-"""The command line: ``python -m speed_utils run | status | doctor | models``.
+"""The command line: ``python -m speed_utils run | status | export | doctor | models``.
 
 python -m speed_utils run --profile smoke
 python -m speed_utils run --run laptop --from 11 -p 11_train_embedder.epochs=3
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from speed_utils import runs, study
 from speed_utils.settings import SettingsError
@@ -57,6 +58,18 @@ def _status(options: argparse.Namespace) -> int:
         print(f"  {row['stage']:24s} {seconds}  {row['status']}")
         if row["error"]:
             print(f"  {'':24s}            {row['error']}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from speed_utils.export import export_run
+
+    run = options.run or runs.newest_run()
+    if run is None:
+        raise runs.RunError("no run yet; make one with: python -m speed_utils run --profile smoke")
+    written = export_run(run, options.folder)
+    size = sum(path.stat().st_size for path in written) / 2**20
+    print(f"run {run!r}: {len(written)} files, {size:.1f} MiB in {options.folder}")
     return 0
 
 
@@ -120,6 +133,10 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="what of a run is up to date, and why not")
     status.add_argument("--run", help="name of the run; default: the newest")
     status.set_defaults(action=_status)
+    export = commands.add_parser("export", help="a run as HTML, figures, records and scores")
+    export.add_argument("folder", type=Path, help="where to write")
+    export.add_argument("--run", help="name of the run; default: the newest")
+    export.set_defaults(action=_export)
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.set_defaults(action=_doctor)
     models = commands.add_parser("models", help="fetch or convert models, print their folders")
