@@ -1,4 +1,4 @@
-"""The command line: ``python -m speed_utils run | status | export | doctor | models``.
+"""The command line: ``python -m speed_utils run | status | export | data | doctor | models``.
 
 python -m speed_utils run --profile smoke
 python -m speed_utils run --run laptop --from 11 -p 11_train_embedder.epochs=3
@@ -73,6 +73,18 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _data_check(options: argparse.Namespace) -> int:
+    from speed_utils.data_check import check_data, mteb_texts, overlap_faults
+
+    faults = check_data()
+    for name in options.mteb:
+        faults += overlap_faults(mteb_texts([name]), name)
+    for fault in faults:
+        print(f"  {fault.file}  {fault.record}: {fault.what}")
+    print(f"{len(faults)} faults")
+    return int(bool(faults))
+
+
 def _doctor(_options: argparse.Namespace) -> int:
     from speed_utils.doctor import machine_report
 
@@ -137,6 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", type=Path, help="where to write")
     export.add_argument("--run", help="name of the run; default: the newest")
     export.set_defaults(action=_export)
+    data = commands.add_parser("data", help="check the bundled data")
+    data_commands = data.add_subparsers(required=True, metavar="action")
+    check = data_commands.add_parser("check", help="schemas, slots, repetition, leaks")
+    check.add_argument("--mteb", nargs="*", default=[], metavar="TASK", help="overlap; needs a hub")
+    check.set_defaults(action=_data_check)
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.set_defaults(action=_doctor)
     models = commands.add_parser("models", help="fetch or convert models, print their folders")
