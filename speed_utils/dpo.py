@@ -3,7 +3,7 @@
 Reads preferences, writes ``<out_dir>/adapter`` and ``<out_dir>/training.json``.
 
     rows = preference_rows(tokenizer, preferences)
-    training = train_dpo(base_dir, junior_dir, rows, heldout, out_dir, plan, beta=0.1)
+    training = train_dpo(base_dir, junior_dir, rows, heldout, out_dir, plan)
 
 Paper: Section 3.2.3, Eq. 2; Appendix B (learning rate 1e-5, beta 0.1, batch size 16).
 """
@@ -28,6 +28,8 @@ from speed_utils.training import (
     training_key,
     use_text_progress,
 )
+
+PAD_TO_TOKENS = 64  # lengths that recur let the allocator use its memory again
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def train_dpo(
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=device_and_dtype()[1])
     arguments = common_arguments(plan, out_dir, len(fitting))
     arguments["train_sampling_strategy"] = "random"  # pairs have no single length to group by
+    arguments["pad_to_multiple_of"] = PAD_TO_TOKENS
     trainer = DPOTrainer(
         model=PeftModel.from_pretrained(base, junior_dir, is_trainable=True),
         args=DPOConfig(beta=plan.beta, **arguments),
