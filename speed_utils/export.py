@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from speed_utils import runs
-from speed_utils.settings import stage_names
+from speed_utils.settings import ROOT_DIR, stage_names
 
 SMALL_ARTIFACTS = {"12_evaluate_mteb": ("scores.json", "mteb_scores.json")}
 
@@ -54,6 +54,7 @@ def export_run(run: str, folder: Path) -> list[Path]:
     for path in executed:
         notebook = nbformat.read(path, as_version=4)
         body, _ = exporter.from_notebook_node(notebook)
+        body = body.replace(f"{ROOT_DIR}/", "")  # warnings name files of the machine
         written.append(folder / "notebooks" / f"{path.stem}.html")
         written[-1].write_text(_page(path.stem, body), encoding="utf8")
         for number, png in enumerate(_figures(notebook), 1):

@@ -8,6 +8,7 @@ import pytest
 
 from speed_utils import runs
 from speed_utils.export import export_run
+from speed_utils.settings import ROOT_DIR
 
 PNG = base64.b64encode(b"\x89PNG not really").decode()
 
@@ -19,7 +20,8 @@ def run(tmp_path, monkeypatch):
     runs.write_json(folder / "manifest.json", {"profile": "smoke"})
     runs.write_json(folder / "stages" / "12_evaluate_mteb.json", {"status": "done"})
     runs.write_json(folder / "artifacts" / "12_evaluate_mteb" / "scores.json", [{"task": "STS"}])
-    text = nbformat.v4.new_output("display_data", {"text/plain": "<script>alert(1)</script>"})
+    shown = f"<script>alert(1)</script> {ROOT_DIR}/speed_utils/sft.py:1: a warning"
+    text = nbformat.v4.new_output("display_data", {"text/plain": shown})
     image = nbformat.v4.new_output("display_data", {"image/png": PNG})
     cell = nbformat.v4.new_code_cell("plot()", outputs=[text, image])
     (folder / "notebooks").mkdir()
@@ -44,6 +46,7 @@ def test_notebooks_figures_records_and_scores_are_written(run, tmp_path):
     assert json.loads((tmp_path / "out" / "scores.json").read_text()) == [{"task": "STS"}]
     page = (tmp_path / "out" / "notebooks" / "12_evaluate_mteb.html").read_text()
     assert PNG in page and "<script>alert" not in page
+    assert str(ROOT_DIR) not in page and "speed_utils/sft.py:1: a warning" in page
 
 
 def test_a_run_without_notebooks_is_refused_with_a_command(run, tmp_path):
