@@ -114,9 +114,7 @@ def train_sft(
     arguments = common_arguments(plan, out_dir, len(fitting))
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(base_dir, dtype=device_and_dtype()[1]),
-        args=SFTConfig(
-            completion_only_loss=True, packing=False, loss_type="chunked_nll", **arguments
-        ),
+        args=SFTConfig(completion_only_loss=True, packing=False, **arguments),
         train_dataset=Dataset.from_list(fitting),
         eval_dataset=Dataset.from_list(fitting_heldout),
         processing_class=tokenizer,
@@ -132,4 +130,4 @@ def train_sft(
         "n_rows": len(fitting),
         "n_left_out": len(rows) - len(fitting),
     }
-    return save_training(trainer, out_dir, key, metrics)
+    return save_training(trainer, out_dir, key, metrics, loss_before)

@@ -325,13 +325,13 @@ def read_revisions(
 
 def recorded_candidates(n_lists: int) -> list[Candidates]:
     """The candidate lists that the recorded teacher judged; written by a junior of this study."""
-    rows = _rows(TEACHER_DIR / "preferences.jsonl")[:n_lists]
+    rows = _mixed_rows(TEACHER_DIR / "preferences.jsonl")[:n_lists]
     return [Candidates(**_prompt_fields(row), texts=row["texts"]) for row in rows]
 
 
 def recorded_roots(n_roots: int) -> list[tuple[Prompted, str]]:
     """The root examples that the recorded teacher revised; written by a junior of this study."""
-    rows = _rows(TEACHER_DIR / "revisions.jsonl")[:n_roots]
+    rows = _mixed_rows(TEACHER_DIR / "revisions.jsonl")[:n_roots]
     return [(_prompted(row), row["root"]) for row in rows]
 
 
@@ -394,6 +394,10 @@ def _rows(path: Path) -> list[dict]:
     if not path.is_file():
         raise EngineError(f"{path} is missing; restore data/teacher, or use teacher=openai:MODEL")
     return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines() if line]
+
+
+def _mixed_rows(path: Path) -> list[dict]:
+    return sorted(_rows(path), key=lambda row: row["id"])  # ids are hashes: kinds are mixed
 
 
 def _recorded_answers(folder: Path) -> dict[str, str]:

@@ -87,12 +87,25 @@ def finished_training(out_dir: Path, key: str) -> Training | None:
     return None
 
 
-def save_training(trainer: object, out_dir: Path, key: str, metrics: dict) -> Training:
-    """Save adapter and history, mark the training as done, remove its checkpoints."""
+def save_training(
+    trainer: object, out_dir: Path, key: str, metrics: dict, loss_before: float | None = None
+) -> Training:
+    """Save adapter and history, mark the training as done, remove its checkpoints.
+
+    Args:
+        trainer: a trained TRL trainer.
+        out_dir: folder of the training.
+        key: as training_key gives it.
+        metrics: flat name to number.
+        loss_before: held-out loss before the first step; becomes step 0 of the history;
+            None where it is known without measuring (ln 2 for preferences).
+    """
     adapter_dir = out_dir / "adapter"
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.save_pretrained(adapter_dir, selected_adapters=["default"])
-    history = [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
+    logged = trainer.state.log_history
+    history = [] if loss_before is None else [{"step": 0, "eval_loss": loss_before}]
+    history += [row for row in logged if "loss" in row or "eval_loss" in row]
     state = {"key": key, "done": True, "history": history, "metrics": metrics}
     write_text(out_dir / "training.json", json.dumps(state, indent=1))
     for checkpoint in out_dir.glob("checkpoint-*"):
