@@ -2,8 +2,7 @@
 
 Reads examples, writes a plain sentence-transformers folder that anybody can load.
 
-    model = build_embedder(base_dir, tokens_max=128)
-    training = train_embedder(model, examples, out_dir, plan)
+    training = train_embedder(base_dir, examples, out_dir, plan)
     SentenceTransformer(str(training.model_dir))
 
 Paper: Section 3.3, Eq. 4; Appendix B. Temperature and learning rate are not stated there;

@@ -1,6 +1,7 @@
 """What the teacher cost: calls, tokens and money of a run, beside Table 5.
 
-    table = cost_table(records, n_examples=920, price=load_price("gpt-4o-2024-05-13"))
+    rows = stage_costs(records, load_price("gpt-4o-2024-05-13"))
+    table = per_thousand(rows, n_examples=920)
 
 Paper: Section 4.5, Table 5 (brainstorming is not counted there; here it has its own row).
 """

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from speed_utils.records import KINDS, Example
 
@@ -58,6 +59,23 @@ def jaccard(left: set[str], right: set[str]) -> float:
     """Intersection over union of two sets, 0 to 1; two empty sets are equal."""
     union = len(left | right)
     return len(left & right) / union if union else 1.0
+
+
+def closest_pair(examples: Sequence[Example]) -> tuple[str, str, float]:
+    """Ids and Jaccard of the two most similar examples of one kind; every pair is compared.
+
+    Raises:
+        ValueError: no two examples of one kind.
+    """
+    sets = [(example.kind, example.id, shingles(duplicate_text(example))) for example in examples]
+    pairs = [
+        (left_id, right_id, jaccard(left, right))
+        for (kind, left_id, left), (other, right_id, right) in combinations(sets, 2)
+        if kind == other
+    ]
+    if not pairs:
+        raise ValueError("no two examples of one kind to compare")
+    return max(pairs, key=lambda pair: pair[2])
 
 
 def deduplicate(

@@ -43,10 +43,11 @@ def show_table(rows: Sequence[dict] | pd.DataFrame, *, title: str = "", digits: 
     import pandas as pd
 
     frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
+    if frame.empty:
+        frame = pd.DataFrame([{"": "none"}])
     shown = frame.map(lambda value: _cell(value, digits))
-    shown.columns = [html.escape(str(name)) for name in shown.columns]
-    styled = shown.style.hide(axis="index").set_caption(html.escape(title))
-    return styled.set_properties(**{"text-align": "left", "white-space": "pre-wrap"})
+    shown.columns = [html.escape(_printable(str(name))) for name in shown.columns]
+    return _styled(shown, title)
 
 
 def show_record(record: Record, *, title: str = "") -> None:
@@ -57,7 +58,7 @@ def show_record(record: Record, *, title: str = "") -> None:
 def show_fields(fields: dict, *, title: str = "") -> None:
     """Print named values, wrapped and aligned."""
     if title:
-        print(f"-- {title} " + "-" * max(0, WIDTH_CHARS - len(title) - 4))
+        print(f"-- {_printable(title)} " + "-" * max(0, WIDTH_CHARS - len(title) - 4))
     width = max(len(str(name)) for name in fields) + 2
     for name, value in fields.items():
         items = value if isinstance(value, list) else [value]
@@ -67,10 +68,15 @@ def show_fields(fields: dict, *, title: str = "") -> None:
     print()
 
 
+def numbered(texts: Sequence[str]) -> dict[str, str]:
+    """Texts under the numbers by which a judge speaks of them: [0], [1], ..."""
+    return {f"[{index}]": text for index, text in enumerate(texts)}
+
+
 def show_text(text: str, *, title: str = "") -> None:
     """Print a longer text, such as a prompt, wrapped and indented."""
     if title:
-        print(f"-- {title} " + "-" * max(0, WIDTH_CHARS - len(title) - 4))
+        print(f"-- {_printable(title)} " + "-" * max(0, WIDTH_CHARS - len(title) - 4))
     for line in _printable(text).splitlines() or [""]:
         print(textwrap.fill(line, WIDTH_CHARS, initial_indent="  ", subsequent_indent="  "))
     print()
@@ -80,12 +86,9 @@ def show_side_by_side(texts: dict[str, str], *, title: str = "") -> object:
     """A one-row table of texts under their names, for comparing generations or a removed pair."""
     import pandas as pd
 
-    frame = pd.DataFrame([{name: _printable(text) for name, text in texts.items()}])
-    shown = frame.map(html.escape)
-    styled = shown.style.hide(axis="index").set_caption(html.escape(title))
-    return styled.set_properties(
-        **{"text-align": "left", "white-space": "pre-wrap", "vertical-align": "top"}
-    )
+    shown = pd.DataFrame([texts]).map(lambda text: html.escape(_printable(text)))
+    shown.columns = [html.escape(_printable(name)) for name in shown.columns]
+    return _styled(shown, title)
 
 
 def show_stage_record(record: dict) -> object:
@@ -95,18 +98,30 @@ def show_stage_record(record: dict) -> object:
     for what in ("inputs", "outputs"):
         for item in record[what]:
             n_rows = f" ({item['rows']} rows)" if item["rows"] is not None else ""
-            name = "/".join(Path(item["path"]).parts[-2:])
-            rows.append({"what": what[:-1], "value": name + n_rows})
+            parts = Path(item["path"]).parts
+            start = parts.index("artifacts") + 1 if "artifacts" in parts else -2
+            rows.append({"what": what[:-1], "value": "/".join(parts[start:]) + n_rows})
     rows += [{"what": name, "value": value} for name, value in record["metrics"].items()]
     teacher = record["teacher"]
     if teacher["calls"]:
-        text = f"{teacher['calls']} calls ({teacher['cached']} cached), paid {teacher['usd']} USD"
+        n_tokens = teacher["prompt_tokens"] + teacher["completion_tokens"]
+        paid = "price unknown" if teacher["usd"] is None else f"paid {teacher['usd']:.2f} USD"
+        text = f"{teacher['calls']} calls ({teacher['cached']} cached), {n_tokens:,} tokens, {paid}"
         rows.append({"what": "teacher", "value": text})
     return show_table(rows, title="Stage record", digits=4)
 
 
-def plot_history(history: Sequence[dict], *, title: str, loss_label: str = "loss") -> object:
-    """The loss over optimizer steps; returns the matplotlib figure."""
+def plot_history(
+    history: Sequence[dict], *, title: str, loss_label: str = "loss", from_zero: bool = True
+) -> object:
+    """The loss over optimizer steps; returns the matplotlib figure.
+
+    Args:
+        history: logged steps: step with loss, or with eval_loss of held-out data.
+        title: above the plot.
+        loss_label: of the vertical axis.
+        from_zero: begin the vertical axis at 0; False for losses that hardly move.
+    """
     figure, axes = new_figure(title, "optimizer step", loss_label)
     steps = [row["step"] for row in history if "loss" in row]
     losses = [float(row["loss"]) for row in history if "loss" in row]
@@ -120,7 +135,8 @@ def plot_history(history: Sequence[dict], *, title: str, loss_label: str = "loss
             linestyle="--",
             label="held out",
         )
-    axes.set_ylim(bottom=0)
+    if from_zero:
+        axes.set_ylim(0, 1.1 * max([*losses, *(loss for _, loss in evaluated)]))
     axes.legend(frameon=False)
     return figure
 
@@ -144,6 +160,15 @@ def plot_lines(
     axes.axhline(0, color="black", linewidth=0.8)
     axes.legend(frameon=False)
     return figure
+
+
+def _styled(shown: pd.DataFrame, title: str) -> object:
+    """A table of escaped texts; its class keeps JupyterLab from reading "$5 or $6" as a formula."""
+    styled = shown.style.hide(axis="index").set_caption(html.escape(_printable(title)))
+    styled.set_table_attributes('class="tex2jax_ignore mathjax_ignore"')
+    return styled.set_properties(
+        **{"text-align": "left", "white-space": "pre-wrap", "vertical-align": "top"}
+    )
 
 
 def plot_bars(values: dict[str, float], *, title: str, x_label: str) -> object:
@@ -245,4 +270,6 @@ def _wrapped(text: str, label: str, width: int) -> str:
         )
         for index, line in enumerate(_printable(text).splitlines() or [""])
     ]
-    return "\n".join(line or first.rstrip() for line in lines)
+    return "\n".join(
+        line or (first.rstrip() if index == 0 else "") for index, line in enumerate(lines)
+    )

@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 
-from speed_utils.runs import outputs_dir
+from speed_utils.runs import read_record
 from speed_utils.settings import NOTEBOOKS_DIR, ROOT_DIR, load_profile, stage_names
 
 PYTHON_RANGE = ((3, 11), (3, 13))
@@ -64,8 +64,8 @@ def machine_report() -> list[dict[str, str]]:
     return rows
 
 
-def stage_map() -> list[dict[str, object]]:
-    """One row per notebook: stage, title, what it reads and writes, seconds of its newest run."""
+def stage_map(run: str) -> list[dict[str, object]]:
+    """One row per notebook: stage, what it reads and writes, seconds of its last time in a run."""
     rows = []
     for stage in stage_names():
         cells = json.loads((NOTEBOOKS_DIR / f"{stage}.ipynb").read_text(encoding="utf8"))["cells"]
@@ -76,7 +76,7 @@ def stage_map() -> list[dict[str, object]]:
                 "reads": _header_field(head, "Reads"),
                 "writes": _header_field(head, "Writes"),
                 "paper": _header_field(head, "Paper"),
-                "seconds": _newest_seconds(stage),
+                "seconds": _last_seconds(run, stage),
             }
         )
     return rows
@@ -107,18 +107,9 @@ def _header_field(head: str, name: str) -> str:
     return match.group(1).replace("`", "") if match else ""
 
 
-def _newest_seconds(stage: str) -> float | None:
-    paths = sorted(
-        (outputs_dir() / "runs").glob(f"*/stages/{stage}.json"), key=lambda p: p.stat().st_mtime
-    )
-    for path in reversed(paths):
-        try:
-            record = json.loads(path.read_text(encoding="utf8"))
-        except ValueError:
-            continue
-        if record["status"] == "done":
-            return record["seconds"]
-    return None
+def _last_seconds(run: str, stage: str) -> float | None:
+    record = read_record(run, stage)
+    return record["seconds"] if record and record["status"] == "done" else None
 
 
 def _row(what: str, is_ok: bool, found: str, needed: str, advice: str) -> dict[str, str]:

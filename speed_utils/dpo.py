@@ -87,11 +87,12 @@ def train_dpo(
     done = finished_training(out_dir, key)
     if done is not None:
         return done
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
+    disable_progress_bars()  # of tokenizing, which takes a moment
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
     fitting = within_tokens(tokenizer, rows, plan.tokens_max)
     fitting_heldout = within_tokens(tokenizer, heldout, plan.tokens_max)
@@ -99,6 +100,7 @@ def train_dpo(
     arguments = common_arguments(plan, out_dir, len(fitting))
     arguments["train_sampling_strategy"] = "random"  # pairs have no single length to group by
     arguments["pad_to_multiple_of"] = PAD_TO_TOKENS
+    arguments["logging_first_step"] = True  # the loss of ln 2 is checked
     trainer = DPOTrainer(
         model=PeftModel.from_pretrained(base, junior_dir, is_trainable=True),
         args=DPOConfig(beta=plan.beta, **arguments),

@@ -12,6 +12,7 @@ Paper: Section 4.2, Tables 1 and 8.
 from __future__ import annotations
 
 import difflib
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speed_utils.mteb_models import instructed, plain
+from speed_utils.mteb_models import instructed, instruction, plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +33,7 @@ __all__ = [
     "find_tasks",
     "hub_answers",
     "instructed",
+    "instruction",
     "plain",
     "score_metrics",
 ]
@@ -91,6 +93,7 @@ def evaluate(
     from tqdm import tqdm
 
     disable_progress_bars()  # several for each task, none of which says much
+    logging.getLogger("mteb").setLevel(logging.ERROR)  # that a newer version of a task exists
     cache = mteb.ResultCache(results_dir)
     rows = []
     progress = tqdm(tasks, model.mteb_model_meta.name, unit="task", file=sys.stderr)

@@ -34,6 +34,7 @@ def export_run(run: str, folder: Path) -> list[Path]:
     """
     import nbformat
     from nbconvert import HTMLExporter
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
     source = runs.run_dir(run)
     executed = [
@@ -49,7 +50,7 @@ def export_run(run: str, folder: Path) -> list[Path]:
     for name in ("notebooks", "figures", "stages"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)
-    exporter = HTMLExporter(template_name="basic")
+    exporter = HTMLExporter(template_name="basic", preprocessors=[CoalesceStreamsPreprocessor])
     written = []
     for path in executed:
         notebook = nbformat.read(path, as_version=4)

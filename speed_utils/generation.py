@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from speed_utils.engines import Completion, Engine, Request
 from speed_utils.prompts import object_schema, words_bound
-from speed_utils.records import KIND_KEYS, Prompted
+from speed_utils.records import KIND_KEYS, Example, Prompted, example_text
 
 CHARS_PER_WORD = 6  # of English, the blank included
 TOKENS_PER_WORD = 1.8  # generous for English with small vocabularies, punctuation included
@@ -108,11 +108,15 @@ def generate(
 def field_words(prompted: Prompted) -> dict[str, int]:
     """Most words that each field of an answer may take, from the prompt's length slots.
 
-    Half more words than are asked for, so that honest answers are not cut.
+    Half more words than are asked for, and never fewer than 20. A longer text is cut there, most
+    often in mid-sentence: see fields_at_limit.
     """
     least, most = words_bound(prompted.slots.get("num_words"))
-    long_field = most if most is not None else max(round(1.5 * least), DEFAULT_FIELD_WORDS)
     short_field = DEFAULT_FIELD_WORDS // 2
+    if most is None:
+        long_field = max(round(1.5 * least), DEFAULT_FIELD_WORDS)
+    else:
+        long_field = max(round(1.5 * most), short_field)
     n_long = {"classification": 1, "retrieval": 2, "matching_long": 2, "sts": 3}
     keys = KIND_KEYS[prompted.kind]
     if prompted.kind == "retrieval":  # the query is the short one, and stands first
@@ -136,6 +140,13 @@ def bounded_schema(prompted: Prompted) -> dict:
             for key, words in limits.items()
         }
     )
+
+
+def fields_at_limit(example: Example) -> list[str]:
+    """Fields that stopped at the schema's length limit: valid, but most often in mid-sentence."""
+    values = json.loads(example_text(example))
+    limits = field_words(example)
+    return [key for key in limits if len(values[key]) >= limits[key] * CHARS_PER_WORD]
 
 
 def answer_tokens(prompted: Prompted) -> int:

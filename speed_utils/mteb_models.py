@@ -96,6 +96,11 @@ def _model_meta(model: object, name: str, revision: str, *, uses_instructions: b
     return ModelMeta.create_empty(fields)
 
 
+def instruction(task: object) -> str:
+    """The instruction that a task's queries carry with instructed, for tables."""
+    return E5_PROMPTS.get(task.metadata.name) or str(task.metadata.prompt)
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Silence what mteb's use of names that sentence-transformers has since changed would print."""

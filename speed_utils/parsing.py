@@ -3,7 +3,7 @@
 Nothing is repaired: text that is not exactly the asked JSON object is rejected, because repaired
 records would hide how often a generator fails.
 
-    result = parse_example(text, request_id="…", prompted=task_fields, source="senior")
+    result = parse_example(text, prompted, "senior", stage="09_synthesize")
 
 Paper: Section 3.2 (only parsable answers are kept; the post-filter is described in E5_mistral).
 """

@@ -1,7 +1,7 @@
 """Quality measures of synthetic data: validity, diversity, coverage, hardness of the negatives.
 
     distinct_n(texts, 2)
-    similarity_table(examples, encode)
+    pair_similarities(examples, encode)
 
 Paper: not stated; ours, to look into what the paper measures only through MTEB.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from speed_utils.generation import fields_at_limit
 from speed_utils.parsing import slot_violations
 from speed_utils.records import Example, Rejection
 
@@ -30,6 +31,11 @@ def distinct_n(texts: Sequence[str], n: int) -> float | None:
 def topic_coverage(examples: Sequence[Example], topics: Sequence[str]) -> float | None:
     """The share of topics with at least one example; None without topics."""
     return len({e.topic for e in examples} & set(topics)) / len(set(topics)) if topics else None
+
+
+def cut_share(examples: Sequence[Example]) -> float | None:
+    """The share with a field that the generator's length limit cut; None without examples."""
+    return sum(bool(fields_at_limit(e)) for e in examples) / len(examples) if examples else None
 
 
 def rejection_reasons(rejections: Sequence[Rejection]) -> dict[str, int]:

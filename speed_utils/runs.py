@@ -312,6 +312,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+def environment(*packages: str) -> str:
+    """Python, the named packages and, with torch among them, the device: for a notebook's head."""
+    known = versions()
+    parts = [f"{name} {known.get(name, 'not installed')}" for name in ("python", *packages)]
+    if "torch" in packages:
+        from speed_utils.models import device_and_dtype
+
+        device, dtype = device_and_dtype()
+        parts.append(f"{device}, {str(dtype).removeprefix('torch.')}")
+    return ", ".join(parts)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON in one step, readable and with a final newline."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")

@@ -104,10 +104,11 @@ def train_sft(
     done = finished_training(out_dir, key)
     if done is not None:
         return done
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
+    disable_progress_bars()  # of tokenizing, which takes a moment
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
     fitting = within_tokens(tokenizer, rows, plan.tokens_max)
     fitting_heldout = within_tokens(tokenizer, heldout, plan.tokens_max)

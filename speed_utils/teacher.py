@@ -201,7 +201,7 @@ def seed_prompts(
         for row in _rows(TEACHER_DIR / "seed.jsonl")
         if row["topic"] in topics and _fits(row["slots"], document_words_max)
     ]
-    return _take_mixed([_prompted(row) for row in rows], n_examples, seed)
+    return _take_by_kind([_prompted(row) for row in rows], n_examples, seed)
 
 
 def sample_prompts(
@@ -429,7 +429,7 @@ def _fits(slots: dict, document_words_max: int | None) -> bool:
     )
 
 
-def _take_mixed(prompts: list[Prompted], n_examples: int, seed: int) -> list[Prompted]:
+def _take_by_kind(prompts: list[Prompted], n_examples: int, seed: int) -> list[Prompted]:
     taken = []
     for kind, count in kind_counts(n_examples).items():
         pool = [prompt for prompt in prompts if prompt.kind == kind]

@@ -3,6 +3,7 @@ import random
 import pytest
 
 from speed_utils.dedup import (
+    closest_pair,
     dataset_statistics,
     deduplicate,
     duplicate_text,
@@ -99,3 +100,29 @@ def test_statistics_have_a_row_per_kind_and_a_total(make_example):
     assert rows["retrieval"]["removed_share"] == 0.5
     assert rows["all"] | {"query_words": 4.0, "raw": 3, "kept": 2} == rows["all"]
     assert rows["classification"]["query_words"] is None
+
+
+def test_the_closest_pair_is_found_within_a_kind(make_example):
+    examples = [
+        make_example(
+            id="a", query="q", positive="one two three four five six seven", negative=None
+        ),
+        make_example(
+            id="b", query="q", positive="one two three four five six eight", negative=None
+        ),
+        make_example(
+            id="c", query="q", positive="nothing of all this is alike here", negative=None
+        ),
+        make_example(
+            id="d",
+            kind="matching_short",
+            query="q",
+            positive="one two three four five six seven",
+            negative=None,
+        ),
+    ]
+    left, right, similarity = closest_pair(examples)
+    assert (left, right) == ("a", "b")
+    assert 0 < similarity < 1
+    with pytest.raises(ValueError, match="no two examples of one kind"):
+        closest_pair(examples[2:])

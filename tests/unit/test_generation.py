@@ -139,4 +139,8 @@ def test_the_token_limit_follows_the_length_slots():
     assert field_words(
         Prompted(id="x", kind="retrieval", topic="t", task="x", slots={"num_words": 300})
     ) == {"user_query": 20, "positive_document": 450, "hard_negative_document": 450}
+    short = Prompted(
+        id="x", kind="classification", topic="t", task="x", slots={"num_words": "less than 10"}
+    )
+    assert field_words(short)["input_text"] == 20
     assert limit("matching_short") < limit("sts", unit="sentence")

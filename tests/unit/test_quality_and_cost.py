@@ -3,6 +3,7 @@ import pytest
 
 from speed_utils.cost import PriceError, load_price, per_thousand, stage_costs
 from speed_utils.quality import (
+    cut_share,
     distinct_n,
     pair_similarities,
     rejection_reasons,
@@ -28,6 +29,14 @@ def test_a_negative_nearer_than_the_positive_is_a_suspect(make_example):
     rows = pair_similarities(examples, lambda texts: np.array([vectors[t] for t in texts]))
     assert [row["is_suspect"] for row in rows] == [False, True, False]
     assert rows[0]["positive"] == pytest.approx(0.8) and rows[2]["negative"] is None
+
+
+def test_texts_that_the_length_limit_cut_are_counted(make_example):
+    slots = {"num_words": "less than 10"}  # at most 20 words of 6 characters
+    whole = make_example(kind="classification", query="short", positive="a", slots=slots)
+    cut = make_example(kind="classification", query="x" * 120, positive="a", slots=slots)
+    assert cut_share([whole, cut]) == 0.5
+    assert cut_share([]) is None
 
 
 def test_coverage_obedience_and_reasons(make_example):
