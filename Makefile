@@ -1,13 +1,14 @@
 # make study   set-up and the laptop run (half an hour on two cores, offline)
 # make smoke   set-up and the smoke run (minutes)
-# make test    set-up and the quick tests    make lint   style of code and notebooks
-# make chain   the whole chain at smoke size, killed and resumed (over ten minutes)
-# make lab     set-up and JupyterLab         make format mend the style
+# make test    set-up and all tests, the chain at smoke size among them (a quarter of an hour)
+# make quick   set-up and the tests that take a few minutes
+# make lint    style of code and notebooks   make format mend the style
+# make lab     set-up and JupyterLab         make doctor what this machine can run
 
 PYTHON ?= python3
 RUN := .venv/bin/python -m speed_utils
 
-.PHONY: study smoke test chain lab lint format setup doctor
+.PHONY: study smoke test quick lab lint format setup doctor
 
 study: setup
 	@$(RUN) run --profile laptop
@@ -16,10 +17,10 @@ smoke: setup
 	@$(RUN) run --profile smoke
 
 test: setup
-	@.venv/bin/python -m pytest -m "not slow and not chain"
+	@.venv/bin/python -m pytest -m "not slow"
 
-chain: setup
-	@.venv/bin/python -m pytest -m chain
+quick: setup
+	@.venv/bin/python -m pytest -m "not slow and not chain"
 
 lab: setup
 	@.venv/bin/jupyter lab --notebook-dir=notebooks
