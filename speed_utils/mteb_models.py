@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from speed_utils.contrastive import query_text
+from speed_utils.shared_prefix import share_prefix
 
 CQADUPSTACK_FORUMS = (
     "Android English Gaming Gis Mathematica Physics Programmers Stats Tex Unix Webmasters Wordpress"
@@ -47,12 +48,13 @@ def instructed(model: object, name: str, revision: str) -> object:
     Symmetric tasks have it on every text, retrieval and reranking on the query only.
 
     Args:
-        model: a loaded SentenceTransformer.
+        model: a loaded SentenceTransformer; from now on it computes a batch's common prefix once.
         name: in mteb's result files; other characters than letters, digits, "._-" become "_".
         revision: fingerprint of the weights; results of another one are never reused.
     """
     from mteb.models.instruct_wrapper import InstructSentenceTransformerModel
 
+    share_prefix(model)
     with _quietly():
         wrapped = InstructSentenceTransformerModel(
             None,
