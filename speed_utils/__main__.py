@@ -1,4 +1,4 @@
-"""The command line: ``python -m speed_utils run | status | export | data | doctor | models``.
+"""The command line: ``python -m speed_utils run | plan | status | export | data | doctor``.
 
 python -m speed_utils run --profile smoke
 python -m speed_utils run --run laptop --from 11 -p 11_train_embedder.epochs=3
@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from speed_utils import runs, study
-from speed_utils.settings import SettingsError
+from speed_utils.settings import SettingsError, load_profile
+from speed_utils.shards import ShardError, parse_shard
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.action(options)
-    except (SettingsError, runs.RunError) as error:
+    except (SettingsError, runs.RunError, ShardError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except study.StudyError as error:
@@ -43,8 +44,10 @@ def _run(options: argparse.Namespace) -> int:
         to_stage=options.to_stage,
         only_stage=options.only,
         overrides=options.parameters,
+        shard=parse_shard(options.shard) if options.shard else None,
     )
-    _print_scores(folder.name)
+    if not options.shard:
+        _print_scores(folder.name)
     return 0
 
 
@@ -83,6 +86,26 @@ def _data_check(options: argparse.Namespace) -> int:
         print(f"  {fault.file}  {fault.record}: {fault.what}")
     print(f"{len(faults)} faults")
     return int(bool(faults))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from speed_utils.plan import PlanError, measured_flops, plan_rows, print_plan
+
+    if options.tflops:
+        flops = dict.fromkeys(("generate", "train"), options.tflops * 1e12)
+        source = f"{options.tflops:g} effective TFLOP/s, as given"
+    else:
+        flops = measured_flops()
+        speeds = {kind: round(speed / 1e9) for kind, speed in (flops or {}).items()}
+        source = f"the reference run's own effective GFLOP/s ({speeds}); give yours with --tflops"
+    profile = load_profile(options.profile, options.parameters)
+    try:
+        print_plan(plan_rows(profile, flops))
+    except PlanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"hours at {source}; estimates of tokens, from a sample of rendered prompts")
+    return 0
 
 
 def _doctor(_options: argparse.Namespace) -> int:
@@ -141,6 +164,9 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="override one parameter; may be repeated",
     )
+    run.add_argument(
+        "--shard", metavar="I/N", help="with --only: part I (from 0) of N; without it, they merge"
+    )
     run.set_defaults(action=_run)
     status = commands.add_parser("status", help="what of a run is up to date, and why not")
     status.add_argument("--run", help="name of the run; default: the newest")
@@ -154,6 +180,11 @@ def _parser() -> argparse.ArgumentParser:
     check = data_commands.add_parser("check", help="schemas, slots, repetition, leaks")
     check.add_argument("--mteb", nargs="*", default=[], metavar="TASK", help="overlap; needs a hub")
     check.set_defaults(action=_data_check)
+    plan = commands.add_parser("plan", help="calls, tokens, money, hours and disk, before a run")
+    plan.add_argument("--profile", default="laptop", help="smoke, laptop, gpu, paper, or a file")
+    plan.add_argument("--tflops", type=float, help="effective TFLOP/s of your machine")
+    plan.add_argument("-p", dest="parameters", metavar="STAGE.KEY=VALUE", action="append")
+    plan.set_defaults(action=_plan)
     doctor = commands.add_parser("doctor", help="what this machine can run, and what is missing")
     doctor.set_defaults(action=_doctor)
     models = commands.add_parser("models", help="fetch or convert models, print their folders")

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from speed_utils.length_groups import LengthGroups
 from speed_utils.models import device_and_dtype
 from speed_utils.records import Example, record_id, write_text
 from speed_utils.training import (
@@ -252,6 +253,7 @@ def _trainer(model: object, rows: dict, out_dir: Path, plan: EmbedderPlan) -> ob
         )
     else:
         loss = MultipleNegativesRankingLoss(model, scale=scale)
+    loss.model = LengthGroups(model)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(out_dir),
         learning_rate=plan.learning_rate,

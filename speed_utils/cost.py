@@ -8,13 +8,9 @@ Paper: Section 4.5, Table 5 (brainstorming is not counted there; here it has its
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 
-from speed_utils.settings import ROOT_DIR
-
-PRICES_PATH = ROOT_DIR / "data" / "prices.toml"
+from speed_utils.ledger import Price
 
 # Table 5 and Section 4.5: calls and tokens of the teacher.
 PAPER_COSTS = (
@@ -23,32 +19,14 @@ PAPER_COSTS = (
 )
 
 
-class PriceError(ValueError):
-    """The price file is not readable."""
-
-
-def load_price(model: str, path: Path = PRICES_PATH) -> tuple[float, float] | None:
-    """US dollars per million (prompt, completion) tokens; None when the model is not listed.
-
-    Raises:
-        PriceError: the file is not valid.
-    """
-    try:
-        entry = tomllib.loads(path.read_text(encoding="utf8")).get(model)
-        return (float(entry["prompt"]), float(entry["completion"])) if entry else None
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise PriceError(f"{path} is not a valid price file: {error}") from None
-
-
-def list_price(teacher: dict, price: tuple[float, float] | None) -> float | None:
+def list_price(teacher: dict, price: Price | None) -> float | None:
     """What a stage's tokens cost at list price, paid or recorded; None when not known."""
     if price is None:
         return None
-    usd = teacher["prompt_tokens"] * price[0] + teacher["completion_tokens"] * price[1]
-    return usd / 1e6
+    return price.usd(teacher["prompt_tokens"], teacher["completion_tokens"])
 
 
-def stage_costs(records: Sequence[dict], price: tuple[float, float] | None) -> list[dict]:
+def stage_costs(records: Sequence[dict], price: Price | None) -> list[dict]:
     """One row per stage that used the teacher: calls, cached, tokens, paid and list-price money."""
     rows = []
     for record in records:

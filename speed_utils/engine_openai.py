@@ -1,139 +1,351 @@
 """Any OpenAI-compatible server as an engine: the live teacher, or generators behind `vllm serve`.
 
 The key comes from the environment variable OPENAI_API_KEY alone and is never written anywhere.
-Retries, time-outs and Retry-After are those of the openai client.
+Every answered request is yielded once and stored before the next is waited for, so that nothing
+that was paid for is lost; a request without an answer is a completion with finish_reason "error".
+
+    engine = OpenAIEngine(model="gpt-4o-2024-08-06")
+    for completion in engine.complete(requests): ...
+
+Paper: Appendix B names the teacher (GPT-4o, May 2024) and its sampling; the rest is ours.
 """
 
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import os
+import queue
+import random
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from speed_utils.engines import Completion, EngineError, Request
+from speed_utils.ledger import Budget, BudgetError
+from speed_utils.pacing import BrokenCircuitError, Pace, backoff_seconds
+from speed_utils.parsing import ParseError, parse_object
 
-CONCURRENCY = 16  # requests in flight
 TIMEOUT_SECONDS = 120.0
-MAX_RETRIES = 6  # by the client, with growing delays, on 408, 409, 429, 5xx and broken connections
+TRIES_MAX = 8  # of one request, before it ends as an error
+RETRIED_STATUS = (408, 409, 429)  # and 5xx, broken connections, time-outs
+BUSY_STATUS = (429, 503)
+FATAL_STATUS = (401, 403, 404)  # a wrong key, no right, no such model: nothing else will work
+QUEUE_ROUNDS = 4  # a batch is this many times the most requests in flight
+FEEDBACK = "That is not a valid answer: {error}. Answer again, with the JSON object only."
 
 
 class OpenAIEngine:
-    """Engine over the chat completions of an OpenAI-compatible server."""
+    """Engine over the chat completions of an OpenAI-compatible server.
+
+    Args:
+        model: as the server names it.
+        base_url: of the server's API, with /v1; empty for OpenAI's own.
+        name: what answers are stored under; empty for address and model.
+        budget: calls and money that may still be spent; None for no limit.
+        pace: concurrency; None for the default.
+        timeout: seconds for one call.
+
+    Raises:
+        EngineError: no model, or no key in the environment for a server elsewhere.
+    """
 
     atomic_batches = False
 
-    def __init__(self, *, model: str, base_url: str = ""):
+    def __init__(
+        self,
+        *,
+        model: str,
+        base_url: str = "",
+        name: str = "",
+        budget: Budget | None = None,
+        pace: Pace | None = None,
+        timeout: float = TIMEOUT_SECONDS,
+    ):
         if not model:
             raise EngineError("an openai engine needs a model name, as teacher_model=gpt-4o")
-        key = os.environ.get("OPENAI_API_KEY")
-        is_local = urlsplit(base_url).hostname in ("127.0.0.1", "localhost", "::1")
-        if not key and not is_local:
-            raise EngineError("set OPENAI_API_KEY in the environment to use a live teacher")
-        self._key, self._model, self._base_url = key or "none", model, base_url or None
-        self.name = f"openai|{base_url}|{model}"
-        self._schema_refused = False
+        self.key = api_key(base_url)
+        self.model, self.base_url = model, base_url or None
+        self.name = name or f"openai|{base_url}|{model}"
+        self.pace = pace or Pace()
+        self._budget = budget or Budget()
+        self._timeout = timeout
+        self.is_stopped = False
+        self._forms = ["json_schema", "json_object", "none"]  # of the answer; the first is tried
+        self._renamed: dict[str, str | None] = {}  # parameters that the server wants otherwise
 
     def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
         """Slices of a few rounds of concurrent calls."""
-        size = CONCURRENCY * 4
+        size = int(self.pace.limit_max) * QUEUE_ROUNDS
         return [list(requests[start : start + size]) for start in range(0, len(requests), size)]
 
     def complete(self, batch: Sequence[Request]) -> Iterator[Completion]:
         """Ask concurrently; each answer comes back as soon as it is there.
 
         Raises:
-            EngineError: the server refuses or cannot be reached; answers so far were yielded.
+            EngineError: the server refuses, cannot be reached, or the budget is used up. What is
+                under way then is waited for and yielded first.
         """
+        # The loop runs in a thread of its own, so that it works in Jupyter (whose thread has a
+        # running loop) and so that answers go on arriving while the last one is written to disk.
+        answers: queue.SimpleQueue = queue.SimpleQueue()
         loop = asyncio.new_event_loop()
-        stream = self._stream(batch)
+        task = loop.create_task(self._ask_all(batch, answers))
+        thread = threading.Thread(target=_run_loop, args=(loop, task, answers), daemon=True)
+        thread.start()
         try:
-            while True:
-                try:
-                    yield _run(loop, stream.__anext__())
-                except StopAsyncIteration:
-                    return
+            while (answer := answers.get()) is not None:
+                yield answer
+        except BaseException:  # the caller gave up
+            loop.call_soon_threadsafe(task.cancel)
+            raise
         finally:
-            _run(loop, stream.aclose())
+            thread.join()
             loop.close()
+        failure = task.exception()
+        if failure is not None:
+            raise EngineError(f"{self.model}: {self._hide(str(failure))}") from None
+
+    def stop(self) -> None:
+        """Start no further request; what is under way is still waited for, and yielded."""
+        self.is_stopped = True
 
     def close(self) -> None:
         """Nothing to free."""
 
-    async def _stream(self, batch: Sequence[Request]):
+    def progress(self, n_done: int, n_total: int) -> str:
+        """What has been spent, and a forecast for all of the requests: for a progress bar."""
+        if self._budget.price is None or not n_done:
+            return ""
+        spent = self._budget.usd
+        return f"${spent:.4f} of about ${spent * n_total / n_done:.4f}"
+
+    async def _ask_all(self, batch: Sequence[Request], answers: queue.SimpleQueue) -> None:
         import openai
 
-        gate = asyncio.Semaphore(CONCURRENCY)
+        self.pace.open_loop()
         async with openai.AsyncOpenAI(
-            api_key=self._key,
-            base_url=self._base_url,
-            timeout=TIMEOUT_SECONDS,
-            max_retries=MAX_RETRIES,
+            api_key=self.key, base_url=self.base_url, timeout=self._timeout, max_retries=0
         ) as client:
-            waiting = [asyncio.ensure_future(self._ask(client, gate, r)) for r in batch]
-            failure = None
+            waiting = iter(batch)
+            running: set[asyncio.Task] = set()
+            failure: Exception | None = None
             try:
-                for finished in asyncio.as_completed(waiting):
-                    try:
-                        yield await finished
-                    except openai.OpenAIError as error:
-                        failure = failure or error  # the others go on: what is paid is kept
+                while True:
+                    # Start what there is room for, then wait for the first to end.
+                    room = range(int(self.pace.limit_max) - len(running))
+                    for _ in room if failure is None and not self.is_stopped else ():
+                        request = next(waiting, None)
+                        if request is None:
+                            break
+                        running.add(asyncio.create_task(self._answer(client, request)))
+                    if not running:
+                        break
+                    done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        if task.exception() is None:
+                            answers.put(task.result())
+                        else:
+                            failure = failure or task.exception()
             finally:
-                for task in waiting:
+                for task in running:
                     task.cancel()
             if failure is not None:
-                text = str(failure).replace(self._key, "***")
-                raise EngineError(
-                    f"{self._model}: {type(failure).__name__}: {text[:300]}"
-                ) from None
+                raise failure
 
-    async def _ask(self, client, gate, request: Request) -> Completion:
+    async def _answer(self, client: object, request: Request) -> Completion:
+        """One request to its end: an answer, asked again once if invalid, or an error."""
+        first = await self._try(client, request, list(request.messages))
+        problem = _problem(request, first)
+        if problem is None:
+            return first
+        talk = [
+            *request.messages,
+            {"role": "assistant", "content": first.text},
+            {"role": "user", "content": FEEDBACK.format(error=problem)},
+        ]
+        try:
+            second = await self._try(client, request, talk)
+        except (BudgetError, BrokenCircuitError, _FatalError):
+            return first  # paid for: keep it; the next request will meet the same obstacle
+        return first if second.finish_reason == "error" else _sum(first, second)
+
+    async def _try(self, client: object, request: Request, talk: list[dict]) -> Completion:
         import openai
 
-        arguments = {
-            "model": self._model,
-            "messages": list(request.messages),
-            "max_tokens": request.max_tokens,
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            "seed": request.seed,
-        }
-        schema = request.schema if not self._schema_refused else None
-        async with gate:
+        rng = random.Random(f"{request.id}|{request.seed}|{len(talk)}")
+        why = ""
+        for n_tries in range(1, TRIES_MAX + 1):
+            completion = None
+            if self.is_stopped and n_tries > 1:
+                break
+            async with self.pace.turn() as began:
+                reserved = self._budget.reserve(request)
+                try:
+                    completion = await self._call(client, request, talk)
+                    self.pace.succeeded()
+                    return completion
+                except openai.APIStatusError as error:
+                    why = f"{error.status_code} {error.message}"
+                    if error.status_code in FATAL_STATUS:
+                        raise _FatalError(f"{type(error).__name__}: {why[:300]}") from None
+                    retry_after = None
+                    if error.status_code in BUSY_STATUS:
+                        retry_after = _retry_after(error.response.headers)
+                        self.pace.refused(began, retry_after)
+                    if error.status_code != 429:
+                        self.pace.failed(self._hide(why[:200]))
+                    if error.status_code not in RETRIED_STATUS and error.status_code < 500:
+                        break
+                except (openai.APIConnectionError, openai.APIResponseValidationError) as error:
+                    why = f"{type(error).__name__}: {error.__cause__ or error}"
+                    self.pace.failed(self._hide(why[:200]))
+                    retry_after = None
+                except ValueError as error:  # a body that is not the JSON of an answer
+                    why = f"unreadable body: {error}"
+                    self.pace.failed(self._hide(why[:200]))
+                    retry_after = None
+                finally:
+                    self._budget.settle(reserved, completion)
+            if n_tries < TRIES_MAX and retry_after is None:
+                await asyncio.sleep(backoff_seconds(n_tries, rng))
+        text = self._hide(f"no answer after {n_tries} tries: {why[:200]}")
+        return Completion(request.key(self.name), request.id, text, "error", 0, 0, calls=0)
+
+    async def _call(self, client: object, request: Request, talk: list[dict]) -> Completion:
+        import openai
+
+        while True:
+            form = self._forms[0] if request.schema is not None else "none"
+            arguments = {"model": self.model, "messages": talk, **self._sampling(request)}
             try:
                 answer = await client.chat.completions.create(
-                    **arguments, **_response_format(schema)
+                    **arguments, **_response_format(request.schema, form)
                 )
+                break
             except openai.BadRequestError as error:
-                if schema is None or "response_format" not in str(error):
+                if not self._learn(error.message, form, arguments):
                     raise
-                self._schema_refused = True  # an older server: the prompt alone names the keys
-                answer = await client.chat.completions.create(**arguments)
+        if not answer.choices:
+            raise ValueError("no choices")
         choice, usage = answer.choices[0], answer.usage
+        prompt_details = getattr(usage, "prompt_tokens_details", None)
+        answer_details = getattr(usage, "completion_tokens_details", None)
         return Completion(
             key=request.key(self.name),
             id=request.id,
             text=choice.message.content or "",
             finish_reason=choice.finish_reason or "stop",
-            prompt_tokens=usage.prompt_tokens if usage else 0,
-            completion_tokens=usage.completion_tokens if usage else 0,
+            prompt_tokens=getattr(usage, "prompt_tokens", 0) or 0,
+            completion_tokens=getattr(usage, "completion_tokens", 0) or 0,
+            model=self.model,
+            cached_prompt_tokens=getattr(prompt_details, "cached_tokens", 0) or 0,
+            reasoning_tokens=getattr(answer_details, "reasoning_tokens", 0) or 0,
         )
 
+    def _sampling(self, request: Request) -> dict:
+        wanted = {
+            "max_tokens": request.max_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "seed": request.seed,
+        }
+        named = {self._renamed.get(name, name): value for name, value in wanted.items()}
+        return {name: value for name, value in named.items() if name is not None}
 
-def _response_format(schema: dict | None) -> dict:
-    if schema is None:
+    def _learn(self, message: str, form: str, arguments: dict) -> bool:
+        """Adapt to what a server says it cannot do; whether asking again makes sense."""
+        if form != "none" and ("response_format" in message or "json_schema" in message):
+            if self._forms[0] == form:  # another request may have learnt it meanwhile
+                self._forms.pop(0)
+            return True
+        for name in ("max_tokens", "temperature", "top_p", "seed"):
+            if name in arguments and f"'{name}'" in message and "nsupported" in message:
+                self._renamed[name] = "max_completion_tokens" if name == "max_tokens" else None
+                return True
+        return False
+
+    def _hide(self, text: str) -> str:
+        return text.replace(self.key, "***")
+
+
+class _FatalError(RuntimeError):
+    """The server says no to everything."""
+
+
+def api_key(base_url: str) -> str:
+    """The key from the environment; a server on this machine may do without.
+
+    Raises:
+        EngineError: none is set.
+    """
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    is_local = urlsplit(base_url).hostname in ("127.0.0.1", "localhost", "::1")
+    if not key and not is_local:
+        raise EngineError("set OPENAI_API_KEY in the environment to use a live teacher")
+    return key or "none"
+
+
+def chat_body(request: Request, model: str) -> dict:
+    """A request as the body of a chat completion call."""
+    return {
+        "model": model,
+        "messages": list(request.messages),
+        "max_tokens": request.max_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "seed": request.seed,
+        **_response_format(request.schema, "json_schema"),
+    }
+
+
+def _response_format(schema: dict | None, form: str) -> dict:
+    if schema is None or form == "none":
         return {}
+    if form == "json_object":
+        return {"response_format": {"type": "json_object"}}
     json_schema = {"name": "answer", "schema": schema, "strict": False}
     return {"response_format": {"type": "json_schema", "json_schema": json_schema}}
 
 
-def _run(loop: asyncio.AbstractEventLoop, coroutine):
-    """Run to completion; in Jupyter a loop already runs in this thread, so use another one."""
+def _problem(request: Request, completion: Completion) -> str | None:
+    """What is wrong with the form of an answer, or None; one that was cut is not asked again."""
+    if request.schema is None or completion.finish_reason != "stop":
+        return None
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return loop.run_until_complete(coroutine)
-    import concurrent.futures
+        parse_object(completion.text, tuple(request.schema["properties"]))
+    except ParseError as error:
+        return str(error)
+    return None
 
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(loop.run_until_complete, coroutine).result()
+
+def _sum(first: Completion, second: Completion) -> Completion:
+    counted = ("prompt_tokens", "completion_tokens", "cached_prompt_tokens", "reasoning_tokens")
+    totals = {name: getattr(first, name) + getattr(second, name) for name in (*counted, "calls")}
+    return replace(second, **totals)
+
+
+def _retry_after(headers: object) -> float | None:
+    """Seconds of a Retry-After header (a number or a date), or None."""
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
+
+
+def _run_loop(loop, task, answers: queue.SimpleQueue) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_until_complete(asyncio.wait([task]))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    finally:
+        answers.put(None)

@@ -27,6 +27,7 @@ from speed_utils.models import device_and_dtype, folder_fingerprint, render_chat
 
 CACHE_STEP_TOKENS = 64  # the cache buffer grows by this many positions
 TOP_TOKENS = 128  # enough for nearly every nucleus; a wider one is sorted in full
+FEW_ROWS_MAX = 128  # up to here a CPU multiplies weight by input faster than input by weight
 SHRINK_SHARE = 0.75  # rows that are done are dropped once at most this share is still running
 
 
@@ -48,6 +49,8 @@ class TransformersEngine:
             self.model = PeftModel.from_pretrained(self.model, adapter_dir).merge_and_unload()
         self.model.to(self.device).eval()
         _use_grouped_attention(self.model)
+        if self.device == "cpu":
+            _use_few_rows_linear(self.model)
         adapter = folder_fingerprint(adapter_dir) if adapter_dir else "base"
         self.name = f"transformers|{folder_fingerprint(model_dir)}|{adapter}"
         self._compiled: dict[str, Constraint] = {}
@@ -82,6 +85,10 @@ class TransformersEngine:
                 prompt_tokens=prompt_tokens,
                 completion_tokens=len(ids),
             )
+
+    def progress(self, _n_done: int, _n_total: int) -> str:
+        """Nothing: local generation costs no money."""
+        return ""
 
     def close(self) -> None:
         """Free the model."""
@@ -261,3 +268,24 @@ def _use_grouped_attention(model) -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register("speed_grouped", sdpa_mask)
     if model.config.model_type in ("llama", "mistral", "qwen2", "qwen3"):
         model.set_attn_implementation("speed_grouped")
+
+
+def _use_few_rows_linear(model) -> None:
+    """Let linear layers compute few rows as (W x^T)^T: the library then does not repack the weight.
+
+    Repacking costs more than the product itself where there are few rows to multiply.
+    """
+
+    def few_rows(layer):
+        def forward(inputs):
+            rows = inputs.reshape(-1, inputs.shape[-1])
+            if layer.bias is not None or not 1 < len(rows) <= FEW_ROWS_MAX:
+                return torch.nn.functional.linear(inputs, layer.weight, layer.bias)
+            product = torch.mm(layer.weight, rows.t()).t().contiguous()
+            return product.view(*inputs.shape[:-1], -1)
+
+        return forward
+
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.forward = few_rows(layer)

@@ -20,6 +20,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from speed_utils.records import record_id
+
+SERVER_PREFIX = "openai@"
+
 
 class EngineError(RuntimeError):
     """An engine cannot be opened or cannot answer."""
@@ -61,10 +65,16 @@ class Completion:
         key: the request's key.
         id: the request's id.
         text: the raw answer.
-        finish_reason: "stop", or "length" when max_tokens cut it.
-        prompt_tokens: tokens of the prompt.
-        completion_tokens: tokens of the answer.
+        finish_reason: "stop"; "length" when max_tokens cut it; "error" when there is no answer, and
+            the text says why (never stored, so that it is asked again).
+        prompt_tokens: tokens of the prompt, of all calls that it took.
+        completion_tokens: tokens of the answer, of all calls that it took.
         cached: answered without a paid call (recorded, or from a store).
+        model: that a live server was asked for; empty otherwise.
+        calls: answered calls that it took: two when an invalid answer was asked again.
+        cached_prompt_tokens: of the prompt tokens, those that the server had cached.
+        reasoning_tokens: of the completion tokens, those spent on hidden reasoning.
+        is_batch: answered by a batch API, at its discount.
     """
 
     key: str
@@ -74,6 +84,11 @@ class Completion:
     prompt_tokens: int
     completion_tokens: int
     cached: bool = False
+    model: str = ""
+    calls: int = 1
+    cached_prompt_tokens: int = 0
+    reasoning_tokens: int = 0
+    is_batch: bool = False
 
 
 class Engine(Protocol):
@@ -92,18 +107,28 @@ class Engine(Protocol):
     def complete(self, batch: Sequence[Request]) -> Iterator[Completion]:
         """Answer one batch; completions come in any order."""
 
+    def progress(self, n_done: int, n_total: int) -> str:
+        """What to say beside the progress bar, as money spent; empty for nothing."""
+
     def close(self) -> None:
         """Free what the engine holds."""
 
 
+def request_seed(*parts: object) -> int:
+    """A sampling seed of its own for each request: 31 bits from the hash of the parts."""
+    return int(record_id(*parts), 16) % 2**31
+
+
 def choose_engine(name: str) -> str:
-    """Resolve "auto" to vllm where a GPU and vllm are at hand, else transformers.
+    """Resolve "auto" to vllm where it is installed, else transformers.
 
     Raises:
         EngineError: unknown name, or vllm asked for and not installed.
     """
     if name not in ("auto", "transformers", "vllm"):
-        raise EngineError(f"unknown engine {name!r}; one of auto, transformers, vllm")
+        raise EngineError(
+            f"unknown engine {name!r}; one of auto, transformers, vllm, openai@BASE_URL"
+        )
     has_vllm = importlib.util.find_spec("vllm") is not None
     if name == "vllm" and not has_vllm:
         raise EngineError(
@@ -117,13 +142,21 @@ def choose_engine(name: str) -> str:
     return "vllm" if has_vllm and torch.cuda.is_available() else "transformers"
 
 
+def served_name(adapter_dir: Path | None) -> str:
+    """Under which name a server has an adapter: the role that its stage's name ends with."""
+    if adapter_dir is None:
+        return "base"
+    return Path(adapter_dir).parent.parent.name.rpartition("_")[2]
+
+
 def open_engine(
     name: str, model_dir: Path | str, adapter_dir: Path | None = None, *, batch_size: int = 32
 ) -> Engine:
     """Load a model, with a LoRA adapter where one is given, behind the chosen engine.
 
     Args:
-        name: auto, transformers or vllm.
+        name: auto, transformers, vllm, or openai@BASE_URL for a server that serves the base as
+            "base" and the adapters as "junior", "senior" and "revisor" (README: vllm serve).
         model_dir: folder (or hub name) of the base model.
         adapter_dir: folder of a PEFT LoRA adapter, or None.
         batch_size: most requests decoded together (transformers), or concurrent sequences (vllm).
@@ -131,6 +164,18 @@ def open_engine(
     Raises:
         EngineError: the engine is not installed or unknown.
     """
+    if name.startswith(SERVER_PREFIX):
+        from speed_utils.engine_openai import OpenAIEngine
+        from speed_utils.models import folder_fingerprint
+
+        served = served_name(adapter_dir)
+        folders = [folder for folder in (model_dir, adapter_dir) if folder is not None]
+        weights = "|".join(folder_fingerprint(folder) for folder in folders)
+        return OpenAIEngine(
+            model=served,
+            base_url=name.removeprefix(SERVER_PREFIX),
+            name=f"openai|{served}|{weights}",
+        )
     if choose_engine(name) == "vllm":
         from speed_utils.engine_vllm import VllmEngine
 

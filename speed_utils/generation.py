@@ -1,7 +1,7 @@
 """Requests to completions through a store: asked once, never again.
 
-The store is a JSON Lines file of finished requests, named by their content hash. A crash, a Ctrl-C
-or a restart loses at most the batch in flight, and nothing in the store is asked twice.
+A crash, a Ctrl-C or a restart loses at most the batch in flight, and nothing that is in the store
+is asked twice.
 
     completions = generate(requests, engine, stage.output("completions.jsonl"))
 
@@ -11,9 +11,11 @@ Paper: not stated; ours, because teacher calls cost money and generation costs h
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,88 +23,111 @@ from tqdm import tqdm
 from speed_utils.engines import Completion, Engine, Request
 from speed_utils.prompts import object_schema, words_bound
 from speed_utils.records import KIND_KEYS, Example, Prompted, example_text
+from speed_utils.shards import shard_files
+from speed_utils.store import Store, read_lines
 
 CHARS_PER_WORD = 6  # of English, the blank included
 TOKENS_PER_WORD = 1.8  # generous for English with small vocabularies, punctuation included
 DEFAULT_FIELD_WORDS = 40  # for fields whose length the prompt does not bound
 
 
-class Store:
-    """Finished completions on disk, one JSON object a line, appended and synced.
-
-    A last line that a crash cut short is dropped on opening.
-    """
-
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._done: dict[str, Completion] = {}
-        self._load()
-
-    def get(self, key: str) -> Completion | None:
-        """The stored completion of a request key, or None."""
-        return self._done.get(key)
-
-    def add(self, completions: Sequence[Completion]) -> None:
-        """Append completions in one write, and wait until the disk has them."""
-        text = "".join(json.dumps(asdict(c), ensure_ascii=True) + "\n" for c in completions)
-        with self.path.open("ab") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        self._done.update({completion.key: completion for completion in completions})
-
-    def __len__(self) -> int:
-        return len(self._done)
-
-    def _load(self) -> None:
-        if not self.path.exists():
-            return
-        data = self.path.read_bytes()
-        end = data.rfind(b"\n") + 1
-        if end < len(data):
-            with self.path.open("r+b") as file:
-                file.truncate(end)
-        for line in data[:end].splitlines():
-            try:
-                completion = Completion(**json.loads(line))
-            except (ValueError, TypeError):
-                continue  # torn by a crash in the middle of the file: asked again
-            self._done[completion.key] = completion
-
-
 def generate(
-    requests: Sequence[Request], engine: Engine, store_path: Path | str, *, title: str = "generate"
+    requests: Sequence[Request],
+    engine: Engine,
+    store_path: Path | str,
+    *,
+    title: str = "generate",
+    blocks: Mapping[str, int] | None = None,
 ) -> list[Completion]:
     """Answer all requests, from the store where they are done; in the order of the requests.
 
-    Completions that were in the store come back with ``cached=True``.
+    Completions that were in the store, or in those that shards of the stage left beside it, come
+    back with ``cached=True``.
+
+    Args:
+        requests: what to ask.
+        engine: who answers.
+        store_path: a JSON Lines file; see speed_utils.store.
+        title: of the progress bar.
+        blocks: request id to block number; requests of two blocks never share a batch, so that a
+            shard (some of the blocks) batches as the whole does. None for one block.
 
     Raises:
         ValueError: two requests are the same in every respect (give each another seed or id).
+        StoreError: the store cannot be written.
     """
     keys = [request.key(engine.name) for request in requests]
     if len(set(keys)) < len(keys):
         raise ValueError("two requests are identical; give each its own id or seed")
-    store = Store(store_path)
-    known = {key for key in keys if store.get(key) is not None}
-    with tqdm(total=len(requests), initial=len(known), desc=title, unit="req") as bar:
-        for batch in engine.batches(requests):
-            missing = [request for request in batch if store.get(request.key(engine.name)) is None]
-            if not missing:
-                continue
-            if engine.atomic_batches:
-                # An answer depends on its batch in the last digits: redo it whole, so that an
-                # interrupted run ends with the same texts as an undisturbed one.
-                fresh = list(engine.complete(batch))
-                store.add(fresh)
-                bar.update(len(missing))
-                continue
-            for completion in engine.complete(missing):
-                store.add([completion])
-                bar.update(1)
-    answers = [store.get(key) for key in keys]
+    key_of = dict(zip(map(id, requests), keys, strict=True))
+    failed: dict[str, Completion] = {}
+    with Store(store_path) as store, _gentle_interrupt(engine):
+        _take_over(store, Path(store_path), set(keys))
+        known = {key for key in keys if store.get(key) is not None}
+        done = set(known)
+        with tqdm(total=len(requests), initial=len(known), desc=title, unit="req") as bar:
+            for batch in _batches(requests, engine, blocks):
+                missing = [request for request in batch if key_of[id(request)] not in done]
+                if not missing:
+                    continue
+                store.require_space()
+                if getattr(engine, "is_stopped", False):
+                    break
+                # Where an answer depends on its batch in the last digits, redo the batch whole: an
+                # interrupted run then ends with the same texts as an undisturbed one.
+                if engine.atomic_batches:
+                    parts = [list(engine.complete(batch))]
+                else:
+                    parts = ([completion] for completion in engine.complete(missing))
+                for part in parts:
+                    answered = [c for c in part if c.finish_reason != "error"]
+                    store.add(answered)
+                    failed |= {c.key: c for c in part if c.finish_reason == "error"}
+                    fresh = {completion.key for completion in answered} - done
+                    done |= fresh
+                    bar.update(len(fresh))
+                    bar.set_postfix_str(engine.progress(len(done - known), len(keys) - len(known)))
+        if getattr(engine, "is_stopped", False):
+            raise KeyboardInterrupt  # all that was answered is stored
+        store.arrange(keys)
+        answers = [store.get(key) or failed[key] for key in keys]
     return [replace(c, cached=c.cached or c.key in known) for c in answers]
+
+
+@contextmanager
+def _gentle_interrupt(engine: Engine) -> Iterator[None]:
+    """Let the first Ctrl-C stop an engine that pays per request only after what is under way."""
+    stop = getattr(engine, "stop", None)
+    if stop is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop_once(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        stop()
+
+    before = signal.signal(signal.SIGINT, stop_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _batches(
+    requests: Sequence[Request], engine: Engine, blocks: Mapping[str, int] | None
+) -> Iterator[list[Request]]:
+    by_block: dict[int, list[Request]] = {}
+    for request in requests:
+        by_block.setdefault(blocks[request.id] if blocks else 0, []).append(request)
+    for block in sorted(by_block):
+        yield from engine.batches(by_block[block])
+
+
+def _take_over(store: Store, path: Path, keys: set[str]) -> None:
+    """Copy the answers that shards have, and the store does not."""
+    for file in shard_files(path):
+        lines = [line for key, line in read_lines(file) if key in keys and store.get(key) is None]
+        store.add([Completion(**json.loads(line)) for line in lines])
 
 
 def field_words(prompted: Prompted) -> dict[str, int]:

@@ -14,6 +14,7 @@ import ast
 import json
 import re
 
+from speed_utils.engines import Completion
 from speed_utils.prompts import words_bound
 from speed_utils.records import (
     KIND_KEYS,
@@ -64,22 +65,24 @@ def parse_fields(text: str, kind: str) -> tuple[str, str, str | None]:
     value = parse_object(text, keys)
     fields = []
     for key in keys:
-        field = value[key]
-        if not isinstance(field, str):
-            raise ParseError(f"not a string: {key} is {type(field).__name__}")
-        if not field.strip():
-            raise ParseError(f"empty field: {key}")
-        try:
-            field.encode("utf8")
-        except UnicodeEncodeError:
-            raise ParseError(f"unprintable text: {key}") from None
-        if "\x00" in field:
-            raise ParseError(f"unprintable text: {key}")
-        fields.append(field)
+        fields.append(_text(value, key))
     if len({field.strip().casefold() for field in fields}) < len(fields):
         raise ParseError("same texts: two fields are equal")
     query, positive, *rest = fields
     return query, positive, rest[0] if rest else None
+
+
+def unusable(answer: Completion, identifier: str, *, stage: str) -> Rejection | None:
+    """The rejection of a record whose answer never came, or was cut by the token limit; else None.
+
+    A cut answer is rejected also where its text would parse.
+    """
+    if answer.finish_reason == "error":
+        return Rejection(id=identifier, stage=stage, reason=answer.text, raw="")
+    if answer.finish_reason == "length":
+        reason = f"cut by length: {answer.completion_tokens} tokens"
+        return Rejection(id=identifier, stage=stage, reason=reason, raw=answer.text)
+    return None
 
 
 def parse_example(text: str, prompted: Prompted, source: str, *, stage: str) -> Example | Rejection:
@@ -122,8 +125,7 @@ def parse_preference(text: str, candidates: Candidates, *, stage: str) -> Prefer
     """Parse the teacher's judgement; best and worst must differ and lie in the list."""
     try:
         value = parse_object(text, ("reason", "best", "worst"))
-        if not isinstance(value["reason"], str) or not value["reason"].strip():
-            raise ParseError("empty field: reason")
+        reason = _text(value, "reason")
         indices = (value["best"], value["worst"])
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
             raise ParseError(f"not an index: {indices}")
@@ -136,7 +138,7 @@ def parse_preference(text: str, candidates: Candidates, *, stage: str) -> Prefer
     return Preference(
         **prompt_fields(candidates),
         texts=candidates.texts,
-        reason=value["reason"],
+        reason=reason,
         best=value["best"],
         worst=value["worst"],
     )
@@ -149,8 +151,7 @@ def parse_revision(text: str, prompted: Prompted, root: str, *, stage: str) -> R
     """
     try:
         value = parse_object(text, ("reason", "revision"))
-        if not isinstance(value["reason"], str) or not value["reason"].strip():
-            raise ParseError("empty field: reason")
+        reason = _text(value, "reason")
         revision = value["revision"]
         revision = revision if isinstance(revision, str) else json.dumps(revision)
         parsed = parse_example(revision, prompted, "teacher", stage=stage)
@@ -161,7 +162,7 @@ def parse_revision(text: str, prompted: Prompted, root: str, *, stage: str) -> R
     return Revision(
         **prompt_fields(prompted),
         root=root,
-        reason=value["reason"],
+        reason=reason,
         revision=example_text(parsed),
     )
 
@@ -201,6 +202,22 @@ def slot_violations(example: Example) -> list[str]:
 def prompt_fields(prompted: Prompted) -> dict:
     """The fields that every record made from a data prompt shares."""
     return {name: getattr(prompted, name) for name in Prompted.model_fields}
+
+
+def _text(value: dict, key: str) -> str:
+    """A field that must be text; raises ParseError."""
+    field = value[key]
+    if not isinstance(field, str):
+        raise ParseError(f"not a string: {key} is {type(field).__name__}")
+    if not field.strip():
+        raise ParseError(f"empty field: {key}")
+    try:
+        field.encode("utf8")
+    except UnicodeEncodeError:
+        raise ParseError(f"unprintable text: {key}") from None
+    if "\x00" in field:
+        raise ParseError(f"unprintable text: {key}")
+    return field
 
 
 _FENCE = re.compile(r"^```[a-zA-Z]*\s*\n(.*?)\n?```$", re.DOTALL)

@@ -25,15 +25,22 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from speed_utils.records import write_text
 from speed_utils.settings import NOTEBOOKS_DIR, ROOT_DIR, notebook_parameters
+from speed_utils.shards import SHARDED_STAGES, Shard, current_shard
 
 PACKAGE_DIR = Path(__file__).parent
 VERSIONED = ("torch", "transformers", "trl", "peft", "sentence-transformers", "mteb", "datasketch")
-NO_TEACHER = {"calls": 0, "cached": 0, "prompt_tokens": 0, "completion_tokens": 0, "usd": 0.0}
+T = TypeVar("T")
+NO_TEACHER = {
+    **dict.fromkeys(("calls", "cached", "prompt_tokens", "cached_prompt_tokens"), 0),
+    **{"completion_tokens": 0, "reasoning_tokens": 0, "usd": 0.0, "models": {}},
+}
 
 
 class RunError(RuntimeError):
@@ -73,7 +80,10 @@ class Stage:
     def __init__(self, name: str, run: str, parameters: dict[str, object]):
         self.name, self.run, self.parameters = name, run, parameters
         self.run_dir = run_dir(run)
+        self.shard = current_shard() if name in SHARDED_STAGES else None
         self.dir = self.run_dir / "artifacts" / name
+        if self.shard is not None:
+            self.dir /= self.shard.name
         self.dir.mkdir(parents=True, exist_ok=True)
         self._started = time.time()
         self._inputs: dict[str, Path] = {}
@@ -113,8 +123,16 @@ class Stage:
         self._outputs[_shown(path)] = path
         return path
 
+    def part(self, items: Sequence[T], blocks: Mapping[str, int] | None = None) -> list[T]:
+        """The items that are this process's share: all, or its shard's (see Shard.part).
+
+        Raises:
+            ShardError: the shard has nothing to do.
+        """
+        return list(items) if self.shard is None else self.shard.part(items, blocks)
+
     def used_teacher(self, ledger: dict) -> None:
-        """Note what the stage asked of the teacher (see teacher.ledger)."""
+        """Note what the stage asked of the teacher (see speed_utils.ledger)."""
         self._teacher = dict(ledger)
 
     def finish(self, **metrics: float) -> dict:
@@ -148,7 +166,7 @@ class Stage:
         }
         if error is not None:
             record["error"] = error
-        write_json(record_path(self.run, self.name), record)
+        write_json(record_path(self.run, self.name, self.shard), record)
         return record
 
 
@@ -181,9 +199,11 @@ def open_stage(name: str, *, run: str, **parameters: object) -> Stage:
     return stage
 
 
-def is_current(run: str, name: str, parameters: dict[str, object]) -> tuple[bool, str]:
+def is_current(
+    run: str, name: str, parameters: dict[str, object], shard: Shard | None = None
+) -> tuple[bool, str]:
     """Whether a stage's record still holds: (True, "") or (False, why it must run)."""
-    record = read_record(run, name)
+    record = read_record(run, name, shard)
     if record is None:
         return False, "not run yet"
     if record["status"] != "done":
@@ -204,15 +224,16 @@ def is_current(run: str, name: str, parameters: dict[str, object]) -> tuple[bool
     return True, ""
 
 
-def record_path(run: str, name: str) -> Path:
-    """Where a stage's record lies."""
-    return run_dir(run) / "stages" / f"{name}.json"
+def record_path(run: str, name: str, shard: Shard | None = None) -> Path:
+    """Where the record of a stage, or of one shard of it, lies."""
+    folder = run_dir(run) / "stages"
+    return folder / f"{name}.json" if shard is None else folder / shard.name / f"{name}.json"
 
 
-def read_record(run: str, name: str) -> dict | None:
+def read_record(run: str, name: str, shard: Shard | None = None) -> dict | None:
     """A stage's record, or None when there is none (or it is unreadable)."""
     try:
-        return json.loads(record_path(run, name).read_text(encoding="utf8"))
+        return json.loads(record_path(run, name, shard).read_text(encoding="utf8"))
     except (OSError, ValueError):
         return None
 

@@ -24,6 +24,8 @@ ROOT_DIR = Path(__file__).parent.parent
 NOTEBOOKS_DIR = ROOT_DIR / "notebooks"
 PROFILES_DIR = ROOT_DIR / "data" / "profiles"
 RUN_PARAMETER = "run"  # every notebook declares it; the runner sets it
+BUDGET_SECTION = "teacher"  # of a profile: limits for the whole run, no stage's parameters
+BUDGET_TYPES = {"budget_usd": "float", "budget_calls": "int"}
 
 
 class SettingsError(ValueError):
@@ -47,6 +49,7 @@ class Profile:
     name: str
     about: str
     stages: dict[str, dict[str, object]]
+    budget: dict[str, float]  # of the teacher: budget_usd, budget_calls; 0 for no limit
 
 
 def stage_names() -> list[str]:
@@ -114,9 +117,10 @@ def load_profile(
         stage, dot, key = target.strip().partition(".")
         if not equals or not dot:
             raise SettingsError(f"-p {text!r}: write stage.key=value, as 04_train_junior.epochs=2")
-        stage = stage if stage == "shared" else find_stage(stage)
+        stage = stage if stage in ("shared", BUDGET_SECTION) else find_stage(stage)
         _merge(merged, {stage: {key: yaml.safe_load(value)}}, f"-p {text}")
-    return Profile(path.stem, about, _resolve(merged))
+    budget = _budget(merged.pop(BUDGET_SECTION, {}))
+    return Profile(path.stem, about, _resolve(merged), budget)
 
 
 def coerce(value: object, type_name: str, where: str) -> object:
@@ -145,6 +149,14 @@ def coerce(value: object, type_name: str, where: str) -> object:
         if option.startswith("list") and isinstance(value, list):
             return value
     raise SettingsError(f"{where}: {value!r} is not {type_name}")
+
+
+def _budget(given: dict) -> dict[str, float]:
+    for key in given:
+        if key not in BUDGET_TYPES:
+            raise SettingsError(f"{BUDGET_SECTION} has no {key!r}{_nearest(key, BUDGET_TYPES)}")
+    where = f"{BUDGET_SECTION}."
+    return {k: coerce(given.get(k, 0), kind, where + k) for k, kind in BUDGET_TYPES.items()}
 
 
 def _resolve(merged: dict) -> dict[str, dict[str, object]]:

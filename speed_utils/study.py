@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from speed_utils import runs
+from speed_utils.ledger import BUDGET_VARIABLES
 from speed_utils.settings import (
     NOTEBOOKS_DIR,
     PROFILES_DIR,
@@ -28,6 +29,7 @@ from speed_utils.settings import (
     load_profile,
     stage_names,
 )
+from speed_utils.shards import SHARD_VARIABLE, SHARDED_STAGES, Shard, ShardError
 
 SAVE_EVERY_SECONDS = 10  # the executed notebook is saved while it runs
 KERNEL_ENVIRONMENT = {
@@ -55,6 +57,7 @@ def run_study(
     to_stage: str | None = None,
     only_stage: str | None = None,
     overrides: list[str] | None = None,
+    shard: Shard | None = None,
 ) -> Path:
     """Run the stages of a profile in order; finished ones whose record still holds are skipped.
 
@@ -64,6 +67,7 @@ def run_study(
         run: the run's name; None for the profile's name.
         from_stage, to_stage, only_stage: limits, by name or number.
         overrides: "stage.key=value" each.
+        shard: do this part of only_stage (one of SHARDED_STAGES); None for the whole.
 
     Returns:
         The run's folder.
@@ -71,20 +75,28 @@ def run_study(
     Raises:
         SettingsError: a name, key or value is not valid.
         StudyError: a stage failed.
-        RunError: the run is being executed by another process.
+        RunError: the run, or this shard of it, is being executed by another process.
+        ShardError: a shard of a stage that has none.
     """
     profile, run = _plan(profile_name, run, overrides)
     stages = _selected(from_stage, to_stage, only_stage)
+    if shard is not None and (only_stage is None or stages[0] not in SHARDED_STAGES):
+        raise ShardError(f"--shard needs --only with one of {', '.join(SHARDED_STAGES)}")
     folder = runs.run_dir(run)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        if not (folder / "manifest.json").exists() or profile.stages != runs.read_manifest(run).get(
-            "parameters"
+    limits = {key: limit for key, limit in profile.budget.items() if limit}
+    variables = {BUDGET_VARIABLES[key]: str(limit) for key, limit in limits.items()}
+    if shard is not None:
+        variables[SHARD_VARIABLE] = f"{shard.index}/{shard.count}"
+    with _locked(folder, shard), _environment(variables):
+        if shard is None and (
+            not (folder / "manifest.json").exists()
+            or profile.stages != runs.read_manifest(run).get("parameters")
         ):
             runs.write_json(folder / "manifest.json", runs.manifest(profile.name, profile.stages))
         print(f"run {run!r}, profile {profile.name}: {len(stages)} stages -> {folder}")
         started = time.time()
-        n_executed = sum(_run_stage(stage, run, profile.stages[stage]) for stage in stages)
+        n_executed = sum(_run_stage(stage, run, profile.stages[stage], shard) for stage in stages)
         seconds = time.time() - started
         print(
             f"{n_executed} stages executed, {len(stages) - n_executed} up to date, {seconds:.0f} s"
@@ -172,18 +184,20 @@ def _selected(first: str | None, last: str | None, only: str | None) -> list[str
     return stages[start : end + 1]
 
 
-def _run_stage(stage: str, run: str, parameters: dict[str, object]) -> bool:
-    """Execute one stage unless its record holds; True when it was executed."""
-    is_done, why = runs.is_current(run, stage, parameters)
+def _run_stage(
+    stage: str, run: str, parameters: dict[str, object], shard: Shard | None = None
+) -> bool:
+    """Execute one stage, or a shard of it, unless its record holds; True when it was executed."""
+    is_done, why = runs.is_current(run, stage, parameters, shard)
     if is_done:
         print(f"  {stage:24s} up to date")
         return False
-    expected = expected_seconds(stage, runs.read_manifest(run)["profile"])
+    expected = None if shard else expected_seconds(stage, runs.read_manifest(run)["profile"])
     hint = f", about {expected:.0f} s last time" if expected else ""
-    print(f"  {stage:24s} {why}{hint}", flush=True)
-    executed = runs.run_dir(run) / "notebooks" / f"{stage}.ipynb"
+    print(f"  {stage:24s} {f'{shard.name}, ' if shard else ''}{why}{hint}", flush=True)
+    executed = runs.run_dir(run) / "notebooks" / (shard.name if shard else "") / f"{stage}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
-    runs.record_path(run, stage).unlink(missing_ok=True)
+    runs.record_path(run, stage, shard).unlink(missing_ok=True)
     started = time.time()
     try:
         _execute(stage, executed, {"run": run, **parameters})
@@ -198,7 +212,7 @@ def _run_stage(stage: str, run: str, parameters: dict[str, object]) -> bool:
             f"  executed notebook: {executed}\n"
             f"  after mending it:  python -m speed_utils run --run {run}"
         ) from None
-    record = runs.read_record(run, stage)
+    record = runs.read_record(run, stage, shard)
     if record is None or record["status"] != "done":
         raise StudyError(f"{stage} ran to its end but wrote no stage record")
     print(f"  {stage:24s} done in {time.time() - started:.0f} s", flush=True)
@@ -269,8 +283,8 @@ def _record_failure(
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("a+") as file:
+def _locked(folder: Path, shard: Shard | None = None) -> Iterator[None]:
+    with (folder / f".lock{f'-{shard.name}' if shard else ''}").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

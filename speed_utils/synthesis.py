@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from speed_utils.engines import Completion, Request
+from speed_utils.engines import Completion, Request, request_seed
 from speed_utils.generation import answer_tokens, bounded_schema
-from speed_utils.parsing import is_valid_answer, parse_example, prompt_fields
+from speed_utils.parsing import is_valid_answer, parse_example, prompt_fields, unusable
 from speed_utils.prompts import messages, prompt_of, revisor_prompt
 from speed_utils.records import (
     Candidates,
@@ -21,7 +21,6 @@ from speed_utils.records import (
     Rejection,
     Revision,
     example_text,
-    record_id,
 )
 
 
@@ -113,13 +112,9 @@ def read_examples(
     for prompt, completion in zip(prompts, completions, strict=True):
         if completion.id != prompt.id:
             raise ValueError(f"completion {completion.id} does not answer prompt {prompt.id}")
-        if completion.finish_reason == "length":
-            reason = f"cut by length: {completion.completion_tokens} tokens"
-            rejections.append(
-                Rejection(id=prompt.id, stage=stage, reason=reason, raw=completion.text)
-            )
-            continue
-        parsed = parse_example(completion.text, prompt, source, stage=stage)
+        parsed = unusable(completion, prompt.id, stage=stage) or parse_example(
+            completion.text, prompt, source, stage=stage
+        )
         (examples if isinstance(parsed, Example) else rejections).append(parsed)
     return examples, rejections
 
@@ -158,8 +153,3 @@ def valid_share(prompts: Sequence[Prompted], completions: Sequence[Completion]) 
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
     return sum(valid) / len(valid)
-
-
-def request_seed(*parts: object) -> int:
-    """A sampling seed of its own for each request: 31 bits from the hash of the parts."""
-    return int(record_id(*parts), 16) % 2**31

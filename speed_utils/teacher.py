@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from speed_utils.engines import Completion, Engine, EngineError, Request
+from speed_utils.engines import Completion, Engine, EngineError, Request, request_seed
+from speed_utils.ledger import run_budget
 from speed_utils.parsing import (
     ParseError,
     parse_example,
@@ -27,6 +28,7 @@ from speed_utils.parsing import (
     parse_revision,
     parse_tasks,
     prompt_fields,
+    unusable,
 )
 from speed_utils.prompts import (
     JUDGE_SCHEMA,
@@ -63,12 +65,15 @@ ANSWER_TOKENS_MAX = 2048  # of a teacher's answer; the longest prompts ask for t
 CHARS_PER_TOKEN = 4.4  # English in GPT-4o's vocabulary, to estimate the tokens of recorded answers
 
 
-def open_teacher(teacher: str) -> Engine:
+def open_teacher(teacher: str, run_dir: Path | None = None) -> Engine:
     """The teacher as an engine.
 
     Args:
         teacher: "recorded", "openai:MODEL" or "openai:MODEL@BASE_URL" for any OpenAI-compatible
-            server. The key comes from the environment (OPENAI_API_KEY) alone.
+            server, "openai-batch:..." for its Batch API. The key comes from the environment
+            (OPENAI_API_KEY) alone.
+        run_dir: the run that pays; what it has paid so far counts against the budget that the
+            profile sets (teacher.budget_usd, teacher.budget_calls). None for no budget.
 
     Raises:
         EngineError: another text, or no key in the environment.
@@ -77,13 +82,22 @@ def open_teacher(teacher: str) -> Engine:
         return RecordedTeacher()
     kind, _, rest = teacher.partition(":")
     model, _, base_url = rest.partition("@")
-    if kind != "openai" or not model:
+    if kind not in ("openai", "openai-batch") or not model:
         raise EngineError(
-            f"unknown teacher {teacher!r}; write recorded, openai:MODEL or openai:MODEL@BASE_URL"
+            f"unknown teacher {teacher!r}; write recorded, openai:MODEL, openai:MODEL@BASE_URL, "
+            "or openai-batch: for half the price within a day"
         )
-    from speed_utils.engine_openai import OpenAIEngine
+    budget = run_budget(model, run_dir)
+    if kind == "openai":
+        from speed_utils.engine_openai import OpenAIEngine
 
-    return OpenAIEngine(model=model, base_url=base_url)
+        return OpenAIEngine(model=model, base_url=base_url, budget=budget)
+    if run_dir is None:
+        raise EngineError("openai-batch needs a run folder, where it notes what it sent")
+    from speed_utils.engine_openai_batch import OpenAIBatchEngine
+
+    state_path = run_dir / "teacher_batches.jsonl"
+    return OpenAIBatchEngine(model=model, base_url=base_url, state_path=state_path, budget=budget)
 
 
 def teacher_model(teacher: str) -> str | None:
@@ -129,6 +143,10 @@ class RecordedTeacher:
                 cached=True,
             )
 
+    def progress(self, _n_done: int, _n_total: int) -> str:
+        """Nothing: a recorded answer costs no money."""
+        return ""
+
     def close(self) -> None:
         """Nothing to free."""
 
@@ -164,6 +182,10 @@ def read_brainstorm(
     proposed, rejections = {}, []
     pairs = [(topic.path, kind) for topic in topics for kind in BRAINSTORMED_KINDS]
     for pair, answer in zip(pairs, answers, strict=True):
+        rejection = unusable(answer, answer.id, stage=stage)
+        if rejection is not None:
+            rejections.append(rejection)
+            continue
         try:
             proposed[pair] = parse_tasks(answer.text)
         except ParseError as error:
@@ -254,10 +276,10 @@ def seed_requests(prompts: Sequence[Prompted], *, temperature: float = 1.0) -> l
             messages=tuple(messages(prompt_of(prompt))),
             max_tokens=ANSWER_TOKENS_MAX,
             temperature=temperature,
-            seed=index,
+            seed=request_seed("seed", prompt.id),
             schema=answer_schema(prompt.kind),
         )
-        for index, prompt in enumerate(prompts)
+        for prompt in prompts
     ]
 
 
@@ -285,6 +307,7 @@ def revision_requests(
             messages=tuple(messages(evaluation_prompt(prompt_of(prompted), text))),
             max_tokens=ANSWER_TOKENS_MAX,
             temperature=temperature,
+            seed=request_seed("revise", prompted.id),
             schema=REVISION_SCHEMA,
         )
         for prompted, text in roots
@@ -307,7 +330,9 @@ def read_preferences(
     """Judgements as preferences; unreadable, undecided or equal ones as rejections."""
     preferences, rejections = [], []
     for candidates, answer in zip(lists, answers, strict=True):
-        parsed = parse_preference(answer.text, candidates, stage=stage)
+        parsed = unusable(answer, candidates.id, stage=stage) or parse_preference(
+            answer.text, candidates, stage=stage
+        )
         (preferences if isinstance(parsed, Preference) else rejections).append(parsed)
     return preferences, rejections
 
@@ -318,7 +343,9 @@ def read_revisions(
     """Evaluations as revisions; unreadable or invalid ones as rejections."""
     revisions, rejections = [], []
     for (prompted, root), answer in zip(roots, answers, strict=True):
-        parsed = parse_revision(answer.text, prompted, root, stage=stage)
+        parsed = unusable(answer, prompted.id, stage=stage) or parse_revision(
+            answer.text, prompted, root, stage=stage
+        )
         (revisions if isinstance(parsed, Revision) else rejections).append(parsed)
     return revisions, rejections
 
@@ -357,36 +384,6 @@ def changed_share(revisions: Sequence[Revision]) -> dict[str, float]:
     for revision in revisions:
         by_kind.setdefault(revision.kind, []).append(revision.root != revision.revision)
     return {kind: sum(changed) / len(changed) for kind, changed in by_kind.items()}
-
-
-def ledger(completions: Sequence[Completion], usd_per_million: tuple[float, float] | None) -> dict:
-    """Calls, tokens and money of a stage's teacher answers.
-
-    Args:
-        completions: the answers; cached ones cost nothing now.
-        usd_per_million: price of a million (prompt, completion) tokens; None when not known.
-
-    Returns:
-        calls, cached, prompt_tokens, completion_tokens (of all answers), and usd: what was paid
-        now, None when calls were made at an unknown price.
-    """
-    paid = [completion for completion in completions if not completion.cached]
-    usd: float | None = 0.0
-    if paid and usd_per_million is None:
-        usd = None
-    elif paid:
-        prompt_price, completion_price = usd_per_million
-        usd = sum(
-            c.prompt_tokens * prompt_price + c.completion_tokens * completion_price for c in paid
-        )
-        usd = round(usd / 1e6, 6)
-    return {
-        "calls": len(completions),
-        "cached": len(completions) - len(paid),
-        "prompt_tokens": sum(c.prompt_tokens for c in completions),
-        "completion_tokens": sum(c.completion_tokens for c in completions),
-        "usd": usd,
-    }
 
 
 @cache

@@ -69,8 +69,8 @@ def test_kill_9_in_the_middle_of_09_loses_nothing(folder):
     result = run(folder, "-p", "09_synthesize.batch_size=8")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     after = store.read_bytes()
-    whole_lines = before[: before.rfind(b"\n") + 1]
-    assert after.startswith(whole_lines), "finished requests were written again"
+    whole_lines = before[: before.rfind(b"\n") + 1].splitlines()
+    assert set(whole_lines) <= set(after.splitlines()), "finished requests were asked again"
     keys = [json.loads(line)["key"] for line in after.splitlines()]
     n_asked = load_profile("smoke").stages["09_synthesize"]["n_examples"]
     assert len(keys) == len(set(keys)) == n_asked

@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from speed_utils.engines import Completion, Request
-from speed_utils.generation import Store, answer_tokens, field_words, generate
+from speed_utils.generation import answer_tokens, field_words, generate
 from speed_utils.records import Prompted
+from speed_utils.store import Store
 
 
 class CountingEngine:
@@ -30,6 +31,9 @@ class CountingEngine:
                 raise KeyboardInterrupt
             self.asked.append(request.id)
             yield Completion(request.key(self.name), request.id, f"text {request.id}", "stop", 3, 2)
+
+    def progress(self, n_done, n_total):
+        return ""
 
     def close(self):
         pass

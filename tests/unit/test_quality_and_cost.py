@@ -1,7 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from speed_utils.cost import PriceError, load_price, per_thousand, stage_costs
+from speed_utils.cost import per_thousand, stage_costs
+from speed_utils.engines import Completion
+from speed_utils.ledger import Price, PriceError, ledger, load_price
 from speed_utils.quality import (
     cut_share,
     distinct_n,
@@ -81,8 +85,11 @@ RECORDS = [
 ]
 
 
+PRICE = Price(prompt=5.0, completion=15.0, cached_prompt=2.5, batch_discount=0.5, as_of="2024")
+
+
 def test_costs_are_per_stage_and_leave_brainstorming_out_of_the_comparison():
-    rows = stage_costs(RECORDS, (5.0, 15.0))
+    rows = stage_costs(RECORDS, PRICE)
     assert [row["stage"] for row in rows] == ["02_brainstorm_tasks", "03_write_seed_data"]
     assert rows[1]["list_price_usd"] == pytest.approx(6.0)
     own = per_thousand(rows, 500)[-1]
@@ -97,8 +104,41 @@ def test_table_5_per_thousand_examples():
 
 def test_an_unknown_price_is_none_and_a_broken_file_is_named(tmp_path):
     assert load_price("no-such-model") is None
-    assert load_price("gpt-4o-2024-05-13") == (5.0, 15.0)
+    known = load_price("gpt-4o-2024-05-13")
+    assert (known.prompt, known.completion, known.as_of) == (5.0, 15.0, "2024-05-13")
     assert stage_costs(RECORDS, None)[1]["list_price_usd"] is None
     (tmp_path / "prices.toml").write_text('[m]\nprompt = "free"\ncompletion = 1\n')
     with pytest.raises(PriceError, match=r"prices\.toml"):
         load_price("m", tmp_path / "prices.toml")
+
+
+def test_the_users_prices_come_first(tmp_path, monkeypatch):
+    path = tmp_path / "mine.toml"
+    path.write_text('["m"]\nprompt = 3\ncompletion = 4\nas_of = 2026-01-01\n')
+    monkeypatch.setenv("SPEED_PRICES", str(path))
+    assert load_price("m").usd(1_000_000, 500_000) == 5.0
+    assert load_price("gpt-4o-2024-05-13").completion == 15.0
+
+
+def test_the_ledger_counts_all_and_bills_what_was_not_cached(tmp_path, monkeypatch):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        '["ledger-m"]\nprompt = 5\ncached_prompt = 1\ncompletion = 15\nbatch_discount = 0.5\n'
+    )
+    monkeypatch.setenv("SPEED_PRICES", str(path))
+    paid = Completion("k", "i", "t", "stop", 1000, 200, model="ledger-m", cached_prompt_tokens=500)
+    cached = Completion("k2", "i2", "t", "stop", 500, 100, cached=True, model="ledger-m")
+    counted = ledger([paid, cached])
+    assert counted.pop("models") == {"ledger-m": counted}
+    assert counted == {
+        "calls": 2,
+        "cached": 1,
+        "prompt_tokens": 1500,
+        "cached_prompt_tokens": 500,
+        "completion_tokens": 300,
+        "reasoning_tokens": 0,
+        "usd": 0.006,
+    }
+    assert ledger([replace(paid, is_batch=True)])["usd"] == 0.003
+    assert ledger([replace(paid, model="no-such-model")])["usd"] is None
+    assert ledger([replace(cached, model="no-such-model")])["usd"] == 0.0

@@ -25,13 +25,10 @@ def test_a_record_holds_what_the_runner_and_a_reader_need(outputs):
     assert record["status"] == "done" and record["metrics"] == {"n": 3}
     assert record["parameters"] == PARAMETERS
     assert record["inputs"][0]["rows"] == 1 and len(record["inputs"][0]["sha256"]) == 64
-    assert record["teacher"] == {
-        "calls": 0,
-        "cached": 0,
-        "prompt_tokens": 0,
-        "completion_tokens": 0,
-        "usd": 0.0,
-    }
+    teacher = record["teacher"]
+    assert teacher.pop("models") == {}
+    assert set(teacher) >= {"calls", "cached", "prompt_tokens", "completion_tokens", "usd"}
+    assert not any(teacher.values())
     assert record["seconds"] >= 0 and record["peak_memory_gib"] > 0
     assert "python" in record["versions"]
 
