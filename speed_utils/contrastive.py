@@ -57,7 +57,7 @@ class EmbedderPlan:
     temperature: float = 0.02
     tokens_max: int = 512
     lora_rank: int = 16
-    homogeneous_batches: bool = True
+    homogeneous_batches: bool = False
     seed: int = 42
 
 

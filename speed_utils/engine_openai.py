@@ -17,6 +17,7 @@ import email.utils
 import os
 import queue
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from urllib.parse import urlsplit
 
 from speed_utils.engines import Completion, EngineError, Request
 from speed_utils.ledger import Budget, BudgetError
-from speed_utils.pacing import BrokenCircuitError, Pace, backoff_seconds
+from speed_utils.pacing import Pace, backoff_seconds
 from speed_utils.parsing import ParseError, parse_object
 
 TIMEOUT_SECONDS = 120.0
@@ -33,6 +34,8 @@ TRIES_MAX = 8  # of one request, before it ends as an error
 RETRIED_STATUS = (408, 409, 429)  # and 5xx, broken connections, time-outs
 BUSY_STATUS = (429, 503)
 FATAL_STATUS = (401, 403, 404)  # a wrong key, no right, no such model: nothing else will work
+FATAL_CODES = ("insufficient_quota", "billing_hard_limit_reached")  # come as a 429
+NO_KEY = "none"  # a server on this machine needs none, but the client wants a text
 QUEUE_ROUNDS = 4  # a batch is this many times the most requests in flight
 FEEDBACK = "That is not a valid answer: {error}. Answer again, with the JSON object only."
 
@@ -65,12 +68,13 @@ class OpenAIEngine:
         timeout: float = TIMEOUT_SECONDS,
     ):
         if not model:
-            raise EngineError("an openai engine needs a model name, as teacher_model=gpt-4o")
+            raise EngineError("an openai engine needs a model name, as openai:gpt-4o")
         self.key = api_key(base_url)
         self.model, self.base_url = model, base_url or None
         self.name = name or f"openai|{base_url}|{model}"
         self.pace = pace or Pace()
         self._budget = budget or Budget()
+        self._usd_before = self._budget.usd
         self._timeout = timeout
         self.is_stopped = False
         self._forms = ["json_schema", "json_object", "none"]  # of the answer; the first is tried
@@ -119,7 +123,7 @@ class OpenAIEngine:
         """What has been spent, and a forecast for all of the requests: for a progress bar."""
         if self._budget.price is None or not n_done:
             return ""
-        spent = self._budget.usd
+        spent = self._budget.usd - self._usd_before
         return f"${spent:.4f} of about ${spent * n_total / n_done:.4f}"
 
     async def _ask_all(self, batch: Sequence[Request], answers: queue.SimpleQueue) -> None:
@@ -168,7 +172,7 @@ class OpenAIEngine:
         ]
         try:
             second = await self._try(client, request, talk)
-        except (BudgetError, BrokenCircuitError, _FatalError):
+        except Exception:
             return first  # paid for: keep it; the next request will meet the same obstacle
         return first if second.finish_reason == "error" else _sum(first, second)
 
@@ -179,39 +183,39 @@ class OpenAIEngine:
         why = ""
         for n_tries in range(1, TRIES_MAX + 1):
             completion = None
-            if self.is_stopped and n_tries > 1:
-                break
             async with self.pace.turn() as began:
-                reserved = self._budget.reserve(request)
+                if self.is_stopped:
+                    why = why or "stopped before it was asked"
+                    break
+                reserved = await self._reserve(replace(request, messages=tuple(talk)))
                 try:
                     completion = await self._call(client, request, talk)
                     self.pace.succeeded()
                     return completion
                 except openai.APIStatusError as error:
-                    why = f"{error.status_code} {error.message}"
-                    if error.status_code in FATAL_STATUS:
+                    why = self._hide(f"{error.status_code} {error.message}")
+                    if error.status_code in FATAL_STATUS or error.code in FATAL_CODES:
                         raise _FatalError(f"{type(error).__name__}: {why[:300]}") from None
-                    retry_after = None
                     if error.status_code in BUSY_STATUS:
-                        retry_after = _retry_after(error.response.headers)
-                        self.pace.refused(began, retry_after)
-                    if error.status_code != 429:
-                        self.pace.failed(self._hide(why[:200]))
+                        self.pace.refused(began, _retry_after(error.response.headers), why[:200])
+                    elif error.status_code in RETRIED_STATUS or error.status_code >= 500:
+                        self.pace.failed(began, why[:200])
                     if error.status_code not in RETRIED_STATUS and error.status_code < 500:
                         break
-                except (openai.APIConnectionError, openai.APIResponseValidationError) as error:
-                    why = f"{type(error).__name__}: {error.__cause__ or error}"
-                    self.pace.failed(self._hide(why[:200]))
-                    retry_after = None
-                except ValueError as error:  # a body that is not the JSON of an answer
-                    why = f"unreadable body: {error}"
-                    self.pace.failed(self._hide(why[:200]))
-                    retry_after = None
+                except (openai.APIConnectionError, TimeoutError) as error:
+                    why = self._hide(f"{type(error).__name__}: {error.__cause__ or error}")
+                    self.pace.failed(began, why[:200])
+                except (
+                    *(openai.APIResponseValidationError, ValueError, AttributeError),
+                    *(TypeError, KeyError, IndexError),
+                ) as error:  # a body that is not the JSON of an answer, as a gateway's own page
+                    why = self._hide(f"unreadable body: {error}")
+                    self.pace.failed(began, why[:200])
                 finally:
                     self._budget.settle(reserved, completion)
-            if n_tries < TRIES_MAX and retry_after is None:
+            if n_tries < TRIES_MAX:
                 await asyncio.sleep(backoff_seconds(n_tries, rng))
-        text = self._hide(f"no answer after {n_tries} tries: {why[:200]}")
+        text = f"no answer after {n_tries} tries: {why[:200]}"
         return Completion(request.key(self.name), request.id, text, "error", 0, 0, calls=0)
 
     async def _call(self, client: object, request: Request, talk: list[dict]) -> Completion:
@@ -221,9 +225,10 @@ class OpenAIEngine:
             form = self._forms[0] if request.schema is not None else "none"
             arguments = {"model": self.model, "messages": talk, **self._sampling(request)}
             try:
-                answer = await client.chat.completions.create(
-                    **arguments, **_response_format(request.schema, form)
-                )
+                async with asyncio.timeout(self._timeout):  # the client's own is for each read
+                    answer = await client.chat.completions.create(
+                        **arguments, **_response_format(request.schema, form)
+                    )
                 break
             except openai.BadRequestError as error:
                 if not self._learn(error.message, form, arguments):
@@ -244,6 +249,16 @@ class OpenAIEngine:
             cached_prompt_tokens=getattr(prompt_details, "cached_tokens", 0) or 0,
             reasoning_tokens=getattr(answer_details, "reasoning_tokens", 0) or 0,
         )
+
+    async def _reserve(self, request: Request) -> float:
+        """Set money aside; wait while calls under way may still give some back."""
+        while True:
+            try:
+                return self._budget.reserve(request)
+            except BudgetError:
+                if not self._budget.has_reservations:
+                    raise
+                await asyncio.sleep(0.05)
 
     def _sampling(self, request: Request) -> dict:
         wanted = {
@@ -268,7 +283,8 @@ class OpenAIEngine:
         return False
 
     def _hide(self, text: str) -> str:
-        return text.replace(self.key, "***")
+        hidden = text.replace(self.key, "***") if self.key != NO_KEY else text
+        return re.sub(r"sk-[\w*-]{4,}", "***", hidden)  # servers quote the key in part
 
 
 class _FatalError(RuntimeError):
@@ -285,7 +301,7 @@ def api_key(base_url: str) -> str:
     is_local = urlsplit(base_url).hostname in ("127.0.0.1", "localhost", "::1")
     if not key and not is_local:
         raise EngineError("set OPENAI_API_KEY in the environment to use a live teacher")
-    return key or "none"
+    return key or NO_KEY
 
 
 def chat_body(request: Request, model: str) -> dict:

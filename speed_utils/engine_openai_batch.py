@@ -118,7 +118,8 @@ class OpenAIBatchEngine:
         lines = (_line(key, request, self.model) for key, request in chunk.items())
         content = io.BytesIO("".join(lines).encode())
         file = self._client.files.create(file=(f"{mark}.jsonl", content), purpose="batch")
-        batch = self._client.batches.create(
+        # Never sent again by the client: a lost reply may belong to a batch that was made.
+        batch = self._client.with_options(max_retries=0).batches.create(
             input_file_id=file.id,
             endpoint="/v1/chat/completions",
             completion_window="24h",
@@ -131,22 +132,25 @@ class OpenAIBatchEngine:
         self, mark: str, missing: dict[str, Request], errors: dict[str, str]
     ) -> Iterator[Completion]:
         """Wait for a batch and yield its answers to what is missing, which they leave."""
+        wanted = [key for key in self._state.keys[mark] if key in missing]
         batch_id = self._state.ids.get(mark) or self._find(mark)
         if batch_id is None:  # prepared, and never sent
-            wanted = {k: missing[k] for k in self._state.keys[mark] if k in missing}
             if not wanted:
                 return
-            batch_id = self._create(mark, wanted)
+            for key in wanted:
+                if key not in self._reserved:
+                    self._reserved[key] = self._budget.reserve(missing[key])
+            batch_id = self._create(mark, {key: missing[key] for key in wanted})
         batch = self._wait(batch_id)
         if batch.status == "failed" and not batch.output_file_id:
-            self._state.add({"event": "collected", "mark": mark})
+            self._state.add({"event": "collected", "mark": mark, "keys": wanted})
             details = batch.errors.data if batch.errors else None
             why = "; ".join(e.message or e.code or "" for e in details or []) or "no reason given"
             raise EngineError(f"{self.model}: the server refused batch {batch_id}: {why[:300]}")
         for file_id in (batch.output_file_id, batch.error_file_id):
             if not file_id:
                 continue
-            for text in self._client.files.content(file_id).text.splitlines():
+            for text in self._client.files.content(file_id).content.split(b"\n"):
                 key, completion, error = self._read(text, missing)
                 if completion is not None:
                     del missing[key]
@@ -154,7 +158,7 @@ class OpenAIBatchEngine:
                     yield completion
                 elif error:
                     errors[key] = error
-        self._state.add({"event": "collected", "mark": mark})
+        self._state.add({"event": "collected", "mark": mark, "keys": wanted})
         for key in self._state.keys[mark]:
             self._settle(key, None)
 
@@ -175,8 +179,14 @@ class OpenAIBatchEngine:
 
     def _wait(self, batch_id: str) -> object:
         pause, longest = self._poll_seconds
+        import openai
+
         while True:
-            batch = self._client.batches.retrieve(batch_id)
+            try:
+                batch = self._client.batches.retrieve(batch_id)
+            except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError):
+                time.sleep(longest)  # the batch goes on without us
+                continue
             counts = batch.request_counts
             done = f" {counts.completed}/{counts.total}" if counts else ""
             self._status = f"{batch.status}{done}"
@@ -186,7 +196,7 @@ class OpenAIBatchEngine:
             pause = min(longest, 1.5 * pause)
 
     def _read(
-        self, line: str, missing: dict[str, Request]
+        self, line: bytes, missing: dict[str, Request]
     ) -> tuple[str, Completion | None, str | None]:
         """One line of an output or error file: (key, its completion, or why there is none)."""
         try:
@@ -197,31 +207,31 @@ class OpenAIBatchEngine:
         request = missing.get(key)
         if request is None:
             return key, None, None
-        response = row.get("response") or {}
-        if response.get("status_code") != 200:
-            detail = row.get("error") or (response.get("body") or {}).get("error") or {}
-            return key, None, str(detail.get("message") or response.get("status_code"))
         try:
-            body = response["body"]
-            choice, usage = body["choices"][0], body.get("usage") or {}
-            text = choice["message"]["content"] or ""
-        except (KeyError, IndexError, TypeError):
-            return key, None, "an answer without content"
+            response = row.get("response") or {}
+            if response.get("status_code") != 200:
+                detail = row.get("error") or (response.get("body") or {}).get("error") or {}
+                return key, None, str(detail.get("message") or response.get("status_code"))
+            return key, self._completion(key, request, response["body"]), None
+        except (KeyError, IndexError, TypeError, AttributeError):
+            return key, None, "an unreadable answer"
+
+    def _completion(self, key: str, request: Request, body: dict) -> Completion:
+        choice, usage = body["choices"][0], body.get("usage") or {}
         prompt_details = usage.get("prompt_tokens_details") or {}
         answer_details = usage.get("completion_tokens_details") or {}
-        completion = Completion(
+        return Completion(
             key=key,
             id=request.id,
-            text=text,
+            text=choice["message"]["content"] or "",
             finish_reason=choice.get("finish_reason") or "stop",
-            prompt_tokens=usage.get("prompt_tokens", 0),
-            completion_tokens=usage.get("completion_tokens", 0),
+            prompt_tokens=usage.get("prompt_tokens") or 0,
+            completion_tokens=usage.get("completion_tokens") or 0,
             model=self.model,
             cached_prompt_tokens=prompt_details.get("cached_tokens") or 0,
             reasoning_tokens=answer_details.get("reasoning_tokens") or 0,
             is_batch=True,
         )
-        return key, completion, None
 
 
 class _State:
@@ -231,7 +241,7 @@ class _State:
         self._path = path
         self.keys: dict[str, list[str]] = {}
         self.ids: dict[str, str] = {}
-        self._collected: set[str] = set()
+        self._collected: dict[str, set[str]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
@@ -241,8 +251,9 @@ class _State:
             self._note(json.loads(line))
 
     def open_marks(self, keys: set[str]) -> list[str]:
-        """Batches not yet collected that hold some of these requests, oldest first."""
-        return [m for m, own in self.keys.items() if m not in self._collected and keys & set(own)]
+        """Batches from which some of these requests were not yet collected, oldest first."""
+        done = self._collected
+        return [m for m, own in self.keys.items() if keys & (set(own) - done.get(m, set()))]
 
     def times_sent(self, keys: set[str]) -> int:
         """How many batches have held any of these requests."""
@@ -262,7 +273,7 @@ class _State:
         elif event["event"] == "created":
             self.ids[event["mark"]] = event["id"]
         else:
-            self._collected.add(event["mark"])
+            self._collected.setdefault(event["mark"], set()).update(event["keys"])
 
 
 def _line(key: str, request: Request, model: str) -> str:

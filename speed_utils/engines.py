@@ -120,11 +120,15 @@ def request_seed(*parts: object) -> int:
 
 
 def choose_engine(name: str) -> str:
-    """Resolve "auto" to vllm where it is installed, else transformers.
+    """Resolve "auto" to vllm where it and a GPU are at hand, else transformers.
+
+    A server ("openai@...") stays as it is.
 
     Raises:
         EngineError: unknown name, or vllm asked for and not installed.
     """
+    if name.startswith(SERVER_PREFIX):
+        return name
     if name not in ("auto", "transformers", "vllm"):
         raise EngineError(
             f"unknown engine {name!r}; one of auto, transformers, vllm, openai@BASE_URL"

@@ -14,7 +14,7 @@ import json
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from speed_utils.engines import Completion, Engine, Request
 from speed_utils.prompts import object_schema, words_bound
 from speed_utils.records import KIND_KEYS, Example, Prompted, example_text
 from speed_utils.shards import shard_files
-from speed_utils.store import Store, read_lines
+from speed_utils.store import Store, read_completions
 
 CHARS_PER_WORD = 6  # of English, the blank included
 TOKENS_PER_WORD = 1.8  # generous for English with small vocabularies, punctuation included
@@ -75,18 +75,18 @@ def generate(
                     break
                 # Where an answer depends on its batch in the last digits, redo the batch whole: an
                 # interrupted run then ends with the same texts as an undisturbed one.
-                if engine.atomic_batches:
-                    parts = [list(engine.complete(batch))]
-                else:
-                    parts = ([completion] for completion in engine.complete(missing))
-                for part in parts:
-                    answered = [c for c in part if c.finish_reason != "error"]
-                    store.add(answered)
-                    failed |= {c.key: c for c in part if c.finish_reason == "error"}
-                    fresh = {completion.key for completion in answered} - done
-                    done |= fresh
-                    bar.update(len(fresh))
-                    bar.set_postfix_str(engine.progress(len(done - known), len(keys) - len(known)))
+                asked = batch if engine.atomic_batches else missing
+                with closing(engine.complete(asked)) as stream:
+                    parts = [list(stream)] if engine.atomic_batches else ([c] for c in stream)
+                    for part in parts:
+                        answered = [c for c in part if c.finish_reason != "error"]
+                        store.add(answered)
+                        failed |= {c.key: c for c in part if c.finish_reason == "error"}
+                        fresh = {completion.key for completion in answered} - done
+                        done |= fresh
+                        bar.update(len(fresh))
+                        n_new, n_asked = len(done - known), len(keys) - len(known)
+                        bar.set_postfix_str(engine.progress(n_new, n_asked))
         if getattr(engine, "is_stopped", False):
             raise KeyboardInterrupt  # all that was answered is stored
         store.arrange(keys)
@@ -106,6 +106,7 @@ def _gentle_interrupt(engine: Engine) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         stop()
 
+    engine.is_stopped = False
     before = signal.signal(signal.SIGINT, stop_once)
     try:
         yield
@@ -126,8 +127,8 @@ def _batches(
 def _take_over(store: Store, path: Path, keys: set[str]) -> None:
     """Copy the answers that shards have, and the store does not."""
     for file in shard_files(path):
-        lines = [line for key, line in read_lines(file) if key in keys and store.get(key) is None]
-        store.add([Completion(**json.loads(line)) for line in lines])
+        found = (c for c in read_completions(file) if c.key in keys)
+        store.add([c for c in found if store.get(c.key) is None])
 
 
 def field_words(prompted: Prompted) -> dict[str, int]:

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from speed_utils.engines import Completion, Request
 from speed_utils.settings import ROOT_DIR
-from speed_utils.store import read_lines
+from speed_utils.shards import current_shard
+from speed_utils.store import read_completions
 
 PRICES_PATH = ROOT_DIR / "data" / "prices.toml"
 PRICES_VARIABLE = "SPEED_PRICES"  # a file of the same form whose entries come first
-BUDGET_VARIABLES = {"budget_usd": "SPEED_BUDGET_USD", "budget_calls": "SPEED_BUDGET_CALLS"}
-CHARS_PER_TOKEN_MIN = 2.5  # never so few in practice: an estimate of a prompt's most tokens
+CHARS_PER_TOKEN_MIN = 2.5  # of English, never so few in practice
 
 
 class PriceError(ValueError):
@@ -96,13 +96,17 @@ def ledger(completions: Sequence[Completion]) -> dict:
 
 
 def spent(store_paths: Iterable[Path]) -> tuple[int, float | None]:
-    """The calls and dollars (None: a price is not known) that the answers of stores once cost."""
+    """The calls and dollars (None: a price is not known) that the answers of stores once cost.
+
+    An answer that stands in two of them (a shard's, and the joined one) was paid once.
+    """
     calls, usd = 0, 0.0
+    seen: set[str] = set()
     for path in store_paths:
-        for _, line in read_lines(path):
-            completion = Completion(**json.loads(line))
-            if completion.cached:
+        for completion in read_completions(path):
+            if completion.cached or completion.key in seen:
                 continue
+            seen.add(completion.key)
             calls += completion.calls
             cost = _usd(completion)
             usd = None if usd is None or cost is None else usd + cost
@@ -113,8 +117,8 @@ class Budget:
     """Calls and money that a run may still spend; each call reserves its worst case before it.
 
     Args:
-        calls: most calls of the run, 0 for no limit.
-        usd: most money of the run, 0 for no limit.
+        calls: most calls, None for no limit.
+        usd: most money in dollars, None for no limit.
         price: of the model.
         spent_calls, spent_usd: what the run has paid before.
 
@@ -125,13 +129,13 @@ class Budget:
     def __init__(
         self,
         *,
-        calls: int = 0,
-        usd: float = 0.0,
+        calls: int | None = None,
+        usd: float | None = None,
         price: Price | None = None,
         spent_calls: int = 0,
         spent_usd: float = 0.0,
     ):
-        if usd and price is None:
+        if usd is not None and price is None:
             raise PriceError(
                 "budget_usd needs the model's price: add it to a file named by "
                 f"${PRICES_VARIABLE} (as {PRICES_PATH.name}), or use budget_calls"
@@ -149,12 +153,12 @@ class Budget:
         worst = self._worst_usd(request)
         calls = self.calls + self._reserved_calls + 1
         usd = self.usd + self._reserved_usd + worst
-        if self.calls_max and calls > self.calls_max:
+        if self.calls_max is not None and calls > self.calls_max:
             raise BudgetError(
                 f"budget_calls {self.calls_max} is used up ({self.calls} calls answered); raise "
                 "it and run the same command again (all answers so far are kept)"
             )
-        if self.usd_max and usd > self.usd_max:
+        if self.usd_max is not None and usd > self.usd_max:
             raise BudgetError(
                 f"budget_usd {self.usd_max:g} might be passed by the next call (${self.usd:.4f} "
                 "spent); raise it and run the same command again (all answers so far are kept)"
@@ -162,6 +166,11 @@ class Budget:
         self._reserved_calls += 1
         self._reserved_usd += worst
         return worst
+
+    @property
+    def has_reservations(self) -> bool:
+        """Whether calls are under way that may cost less than was set aside for them."""
+        return self._reserved_calls > 0
 
     def settle(self, reserved_usd: float, completion: Completion | None) -> None:
         """Replace a reservation by what the call cost; None when it was not answered."""
@@ -178,37 +187,51 @@ class Budget:
     def _worst_usd(self, request: Request) -> float:
         if self.price is None:
             return 0.0
-        n_chars = sum(len(message["content"]) + 20 for message in request.messages)
-        return self.price.usd(int(n_chars / CHARS_PER_TOKEN_MIN), request.max_tokens)
+        texts = [message["content"] for message in request.messages]
+        n_chars = sum(len(text) + 20 for text in texts) + len(json.dumps(request.schema))
+        n_bytes = sum(len(text.encode("utf8", "surrogatepass")) - len(text) for text in texts)
+        most = n_chars / CHARS_PER_TOKEN_MIN + n_bytes  # other scripts: up to a token a byte
+        return self.price.usd(most, request.max_tokens)
 
 
 def run_budget(model: str, run_dir: Path | None) -> Budget:
     """What a run may still spend on a model, after all that its stages and shards have paid.
 
-    The limits come from the environment, where the runner puts the profile's teacher.budget_usd
-    and teacher.budget_calls.
+    The limits are the profile's teacher.budget_usd and teacher.budget_calls, which the runner notes
+    in the run's manifest. Shards share evenly what was left when the stage had not begun.
 
     Raises:
         PriceError: a limit in dollars, and the price of the model (or of an earlier one) missing.
-        ValueError: a limit that is not a number.
     """
-    usd, calls = (float(os.environ.get(name) or 0) for name in BUDGET_VARIABLES.values())
-    spent_calls, spent_usd = 0, 0.0
-    if run_dir is not None and (usd or calls):
-        spent_calls, spent_usd = spent(run_dir.glob("artifacts/**/answers.jsonl"))
-    if usd and spent_usd is None:
-        raise PriceError("budget_usd: the run paid a model that has no price; add its price")
-    return Budget(
-        calls=int(calls),
-        usd=usd,
-        price=load_price(model),
-        spent_calls=spent_calls,
-        spent_usd=spent_usd or 0.0,
-    )
+    path = run_dir / "manifest.json" if run_dir is not None else None
+    manifest = json.loads(path.read_text(encoding="utf8")) if path and path.is_file() else {}
+    limits = manifest.get("budget", {})
+    usd, calls = limits.get("budget_usd") or None, limits.get("budget_calls") or None
+    if usd is None and calls is None:
+        return Budget(price=load_price(model))
+    stores = list(run_dir.glob("artifacts/**/answers.jsonl"))
+    shard = current_shard()
+    if shard is not None:
+        together = [p for p in stores if p.parent.name.endswith(f"-of-{shard.count}")]
+        before = [path for path in stores if path not in together]
+        before_calls, before_usd = _spent(before, needs_usd=usd is not None)
+        stores = [path for path in together if path.parent.name == shard.name]
+        calls = None if calls is None else max(0, calls - before_calls) // shard.count
+        usd = None if usd is None else max(0.0, usd - before_usd) / shard.count
+    spent_calls, spent_usd = _spent(stores, needs_usd=usd is not None)
+    price = load_price(model)
+    return Budget(calls=calls, usd=usd, price=price, spent_calls=spent_calls, spent_usd=spent_usd)
+
+
+def _spent(store_paths: Sequence[Path], *, needs_usd: bool) -> tuple[int, float]:
+    calls, usd = spent(store_paths)
+    if usd is None and needs_usd:
+        raise PriceError("budget_usd needs prices, and the run paid a model that has none; add it")
+    return calls, usd or 0.0
 
 
 def _totals(completions: Sequence[Completion]) -> dict:
-    costs = [_usd(c) for c in completions if not c.cached]
+    costs = [_usd(c) for c in completions if c.calls and not c.cached]
     return {
         "calls": sum(c.calls for c in completions),
         "cached": sum(c.calls for c in completions if c.cached),

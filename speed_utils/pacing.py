@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 
 CONCURRENCY_START = 8
 CONCURRENCY_MAX = 128
-FAILURES_IN_A_ROW_MAX = 40  # without one success in between
+FAILURES_IN_A_ROW_MAX = 12  # waves of failures without one success in between
+REFUSALS_PER_FAILURE = 50  # a busy server is given more patience
 BACKOFF_SECONDS = 0.5  # doubled at each try, and drawn evenly from zero to that
 BACKOFF_SECONDS_MAX = 30.0
 RETRY_AFTER_SECONDS_MAX = 120.0  # a server that asks for more is waited for this long, then asked
@@ -46,15 +47,14 @@ class Pace:
     trace: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._failures = 0
         self._why = ""
-        self._open_at = self._last_cut = self._started = time.monotonic()
+        self._open_at = self._last_cut = self._last_failure = self._started = time.monotonic()
         self.open_loop()
         self._note()
 
     def open_loop(self) -> None:
         """Begin with a new event loop: nothing is in flight there."""
-        self._in_flight = 0
+        self._in_flight = self._failures = self._refusals = 0
         self._changed = asyncio.Event()
 
     @asynccontextmanager
@@ -83,11 +83,13 @@ class Pace:
 
     def succeeded(self) -> None:
         """One more may be in flight after about as many successes as are in flight now."""
-        self._failures = 0
+        self._failures = self._refusals = 0
         self._set(min(self.limit_max, self.limit + 1 / self.limit))
 
-    def refused(self, began: float, retry_after: float | None) -> None:
+    def refused(self, began: float, retry_after: float | None, why: str) -> None:
         """Halve, once for all requests that were under way at that time; then wait if asked to."""
+        self._refusals += 1
+        self._why = why
         if began >= self._last_cut:
             self._last_cut = time.monotonic()
             self._set(max(1.0, self.limit / 2))
@@ -96,17 +98,21 @@ class Pace:
             self._open_at = max(self._open_at, until)
         self._changed.set()
 
-    def failed(self, why: str) -> None:
-        """Count a failure of the server; refusals for being busy do not count."""
-        self._failures += 1
+    def failed(self, began: float, why: str) -> None:
+        """Count a failure of the server, once for all requests that were under way at that time."""
+        if began >= self._last_failure:
+            self._last_failure = time.monotonic()
+            self._failures += 1
         self._why = why
         self._changed.set()
 
     def _raise_if_broken(self) -> None:
-        if self._failures >= self.failures_max:
+        n_bad = max(self._failures, self._refusals // REFUSALS_PER_FAILURE)
+        if n_bad >= self.failures_max:
             raise BrokenCircuitError(
-                f"{self._failures} failures in a row, the last: {self._why}; see whether the "
-                "server runs, and run the same command again (all answers so far are kept)"
+                f"nothing but failures ({self._failures} in a row, and {self._refusals} times "
+                f"busy), the last: {self._why}; see whether the server runs, and run the same "
+                "command again (all answers so far are kept)"
             )
 
     def _set(self, limit: float) -> None:
@@ -115,7 +121,8 @@ class Pace:
         self._changed.set()
 
     def _note(self) -> None:
-        self.trace.append((time.monotonic() - self._started, self.limit))
+        if not self.trace or self.trace[-1][1] != self.limit:
+            self.trace.append((time.monotonic() - self._started, self.limit))
 
 
 def backoff_seconds(n_tries: int, rng: random.Random) -> float:

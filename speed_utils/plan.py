@@ -162,10 +162,15 @@ def measured_flops(folder: Path = REFERENCE_DIR) -> dict[str, float] | None:
         folder: a run's folder or an exported one, with its stages.
     """
     try:
-        synthesis = json.loads((folder / "stages" / "09_synthesize.json").read_text())["metrics"]
-        junior = json.loads((folder / "stages" / "04_train_junior.json").read_text())
-    except (OSError, ValueError, KeyError):
+        records = [
+            json.loads((folder / "stages" / f"{stage}.json").read_text(encoding="utf8"))
+            for stage in ("09_synthesize", "04_train_junior")
+        ]
+    except (OSError, ValueError):
         return None
+    if any(record["status"] != "done" for record in records):
+        return None
+    synthesis, junior = records[0]["metrics"], records[1]
     parameters = model_parameters(junior["parameters"]["generator_model"])
     sizes = _sizes(junior["parameters"].get("document_words_max", 50))
     seconds = synthesis["senior_seconds"] + synthesis["revisor_seconds"]

@@ -183,8 +183,10 @@ def open_stage(name: str, *, run: str, **parameters: object) -> Stage:
     declared = [p for p in notebook_parameters(name) if p != "run"]
     if sorted(declared) != sorted(parameters):
         raise RunError(f"{name} declares {declared}, open_stage was given {sorted(parameters)}")
+    budget = None
     if not run:
         run = newest_run() or "scratch"
+        budget = read_manifest(run).get("budget")
         known = read_record(run, name)
         planned = read_manifest(run).get("parameters", {}).get(name)
         expected = known["parameters"] if known else planned
@@ -192,7 +194,7 @@ def open_stage(name: str, *, run: str, **parameters: object) -> Stage:
             run = _fork_scratch(run, name)
             print(f"parameters differ from the run's own: working in run {run!r}")
     if not (run_dir(run) / "manifest.json").exists():
-        write_json(run_dir(run) / "manifest.json", manifest("scratch", {}))
+        write_json(run_dir(run) / "manifest.json", manifest("scratch", {}, budget))
     stage = Stage(name, run, parameters)
     if parameters.get("teacher") == "recorded":
         stage.external("data/teacher")  # other recordings make the stage run again
@@ -246,8 +248,8 @@ def read_manifest(run: str) -> dict:
         return {}
 
 
-def manifest(profile_name: str, parameters: dict) -> dict:
-    """What is noted about a run as a whole: profile, versions, commit and hardware."""
+def manifest(profile_name: str, parameters: dict, budget: dict | None = None) -> dict:
+    """What is noted about a run as a whole: profile, budget, versions, commit and hardware."""
     import psutil
 
     commit = subprocess.run(
@@ -264,6 +266,7 @@ def manifest(profile_name: str, parameters: dict) -> dict:
             "machine": platform.machine(),
         },
         "parameters": parameters,
+        "budget": budget or {},
     }
 
 

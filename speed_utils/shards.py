@@ -89,5 +89,9 @@ def current_shard() -> Shard | None:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """The files of this name that shards of the stage wrote beside it."""
-    return sorted(path.parent.glob(f"shard-*-of-*/{path.name}"))
+    """The files of this name that the whole stage and its shards have, other than this one."""
+    folder = path.parent
+    if re.fullmatch(r"shard-\d+-of-\d+", folder.name):
+        folder = folder.parent
+    found = [folder / path.name, *sorted(folder.glob(f"shard-*-of-*/{path.name}"))]
+    return [file for file in found if file != path and file.is_file()]

@@ -22,11 +22,13 @@ def share_prefix(model: object) -> None:
 
     Args:
         model: its first module is a Transformer whose texts are padded on the right; one that
-            pools anything but the last token is left as it is.
+            pools anything but the last token, or reads both ways, is left as it is.
     """
     if getattr(model[1], "pooling_mode", None) != "lasttoken":
         return
     network = model[0].model
+    if not getattr(network.config, "is_causal", True):
+        return
     forward = network.forward
 
     def forward_sharing_prefix(input_ids, attention_mask, **kwargs):

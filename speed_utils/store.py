@@ -48,6 +48,8 @@ class Store:
         self._file = self.path.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._file.fileno()).st_ino != self.path.stat().st_ino:
+                raise OSError("replaced while it was opened")
         except OSError:
             self._file.close()
             raise StoreError(
@@ -132,19 +134,28 @@ class Store:
         if places == sorted(places) and self._n_lines == len(places):
             return
         part = self.path.with_name(f"{self.path.name}.part")
-        places, size = {}, 0
-        with part.open("wb") as file:
+        new_places, size = {}, 0
+        try:
+            part.unlink(missing_ok=True)
+            file = part.open("a+b")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before it takes the store's name
             for key in ordered + rest:
                 self._file.seek(self._places[key])
                 line = self._file.readline()
                 file.write(line)
-                places[key], size = size, size + len(line)
+                new_places[key], size = size, size + len(line)
             file.flush()
             os.fsync(file.fileno())
-        self._file.close()
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise StoreError(
+                f"cannot arrange {self.path}: {error.strerror}; free some space and run the same "
+                "command again (all answers are kept)"
+            ) from None
         part.replace(self.path)
-        self._reopen()
-        self._places, self._size, self._n_lines = places, size, len(places)
+        self._file.close()
+        self._file = file
+        self._places, self._size, self._n_lines = new_places, size, len(new_places)
 
     def _index(self) -> None:
         """Note where each whole line begins; cut a torn last one."""
@@ -172,13 +183,14 @@ class Store:
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The (key, line) pairs of a store that another process may be writing; whole lines only."""
+def read_completions(path: Path) -> Iterator[Completion]:
+    """The whole, undamaged lines of a store, which another process may be writing."""
     with path.open("rb") as file:
         for line in file:
-            key = _line_key(line) if line.endswith(b"\n") else None
-            if key is not None:
-                yield key.hex(), line
+            try:
+                yield Completion(**json.loads(line))
+            except (ValueError, TypeError):
+                continue
 
 
 def _line_key(line: bytes) -> bytes | None:

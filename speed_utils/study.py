@@ -14,12 +14,12 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from speed_utils import runs
-from speed_utils.ledger import BUDGET_VARIABLES
 from speed_utils.settings import (
+    BUDGET_SECTION,
     NOTEBOOKS_DIR,
     PROFILES_DIR,
     ROOT_DIR,
@@ -32,6 +32,7 @@ from speed_utils.settings import (
 from speed_utils.shards import SHARD_VARIABLE, SHARDED_STAGES, Shard, ShardError
 
 SAVE_EVERY_SECONDS = 10  # the executed notebook is saved while it runs
+INTERRUPT_SECONDS = 150.0  # that a kernel has to end after Ctrl-C; a teacher's call takes up to 120
 KERNEL_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # forks after use would dead-lock
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -84,16 +85,14 @@ def run_study(
         raise ShardError(f"--shard needs --only with one of {', '.join(SHARDED_STAGES)}")
     folder = runs.run_dir(run)
     folder.mkdir(parents=True, exist_ok=True)
-    limits = {key: limit for key, limit in profile.budget.items() if limit}
-    variables = {BUDGET_VARIABLES[key]: str(limit) for key, limit in limits.items()}
-    if shard is not None:
-        variables[SHARD_VARIABLE] = f"{shard.index}/{shard.count}"
+    variables = {SHARD_VARIABLE: f"{shard.index}/{shard.count}"} if shard else {}
     with _locked(folder, shard), _environment(variables):
+        known = runs.read_manifest(run)
         if shard is None and (
-            not (folder / "manifest.json").exists()
-            or profile.stages != runs.read_manifest(run).get("parameters")
+            profile.stages != known.get("parameters") or profile.budget != known.get("budget")
         ):
-            runs.write_json(folder / "manifest.json", runs.manifest(profile.name, profile.stages))
+            noted = runs.manifest(profile.name, profile.stages, profile.budget)
+            runs.write_json(folder / "manifest.json", noted)
         print(f"run {run!r}, profile {profile.name}: {len(stages)} stages -> {folder}")
         started = time.time()
         n_executed = sum(_run_stage(stage, run, profile.stages[stage], shard) for stage in stages)
@@ -162,6 +161,7 @@ def _plan(
             for key, value in values.items()
             if key in profile.stages[stage] and profile.stages[stage][key] != value
         ]
+        changed += [f"{BUDGET_SECTION}.{k}={v}" for k, v in manifest.get("budget", {}).items()]
         name = manifest["profile"]
         profile = load_profile(name if _is_profile(name) else "laptop", changed + (overrides or []))
         return profile, run
@@ -222,6 +222,7 @@ def _run_stage(
 def _execute(stage: str, executed: Path, parameters: dict[str, object]) -> None:
     import papermill
     from papermill.engines import NBClientEngine, papermill_engines
+    from traitlets.config import Config
 
     class StudyEngine(NBClientEngine):
         """papermill's own engine, announcing each cell on the terminal."""
@@ -246,6 +247,8 @@ def _execute(stage: str, executed: Path, parameters: dict[str, object]) -> None:
             extra_arguments=["--log-level=ERROR"],  # the kernel's own notices
             stderr_file=sys.stderr,  # progress bars of training and generation
             autosave_cell_every=SAVE_EVERY_SECONDS,
+            # After Ctrl-C a kernel may wait for answers that are paid for.
+            config=Config({"KernelManager": {"shutdown_wait_time": 2 * INTERRUPT_SECONDS}}),
         )
 
 
@@ -278,24 +281,32 @@ def _cause(error: BaseException) -> str:
 def _record_failure(
     stage: str, run: str, parameters: dict[str, object], *, cause: str, seconds: float
 ) -> None:
-    record = runs.Stage(stage, run, parameters).record("failed", {}, error=cause)
-    runs.write_json(runs.record_path(run, stage), {**record, "seconds": round(seconds, 1)})
+    opened = runs.Stage(stage, run, parameters)
+    record = opened.record("failed", {}, error=cause)
+    path = runs.record_path(run, stage, opened.shard)
+    runs.write_json(path, {**record, "seconds": round(seconds, 1)})
 
 
 @contextmanager
 def _locked(folder: Path, shard: Shard | None = None) -> Iterator[None]:
-    with (folder / f".lock{f'-{shard.name}' if shard else ''}").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise runs.RunError(
-                f"run {folder.name!r} is being executed by process {file.read().strip()}; wait for "
-                "it, or use --run with another name"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    """Shards run side by side, each once; a run as a whole has the folder to itself."""
+    with ExitStack() as stack:
+        files = [(".lock", fcntl.LOCK_SH if shard else fcntl.LOCK_EX)]
+        if shard is not None:
+            files.append((f".lock-{shard.name}", fcntl.LOCK_EX))
+        for name, kind in files:
+            file = stack.enter_context((folder / name).open("a+"))
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                raise runs.RunError(
+                    f"run {folder.name!r} is being executed by process {file.read().strip()}; "
+                    "wait for it, or use --run with another name"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         yield
 
 

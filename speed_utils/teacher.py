@@ -6,7 +6,7 @@ through the same store and the same parsing.
 
     teacher = open_teacher("recorded")
     wanted = seed_prompts(tasks, n_examples=150, seed=42, teacher="recorded")
-    answers = generate(requests_for(wanted, ...), teacher, store_path)
+    answers = generate(seed_requests(wanted), teacher, store_path)
 
 Paper: Sections 3.2.1-3.2.4, Appendix B (temperature 1.0; 0.0 for judging), Section 4.5 (cost).
 """

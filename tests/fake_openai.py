@@ -230,7 +230,9 @@ class _Handler(BaseHTTPRequestHandler):
         for lines in (good, bad):
             names.append(f"file-{len(fake.files)}" if lines else None)
             if lines:
-                fake.files[names[-1]] = "\n".join(map(json.dumps, lines)).encode()
+                fake.files[names[-1]] = "\n".join(
+                    json.dumps(x, ensure_ascii=False) for x in lines
+                ).encode()
         status = fake.batch_status(number) if fake.batch_status else "completed"
         batch = {
             "id": f"batch-{number}",

@@ -122,3 +122,19 @@ def test_a_refused_batch_says_why_and_a_budget_stops_before_sending(server, batc
         generate(REQUESTS, batch_engine(), tmp_path / "s.jsonl")
     server.batch_status = server.batch_plan = None
     assert len(generate(REQUESTS, batch_engine(), tmp_path / "s.jsonl")) == 9
+
+
+def test_a_batch_of_which_a_part_was_collected_still_has_the_rest(server, batch_engine, tmp_path):
+    engine = batch_engine()
+    engine._wait = lambda _id: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate(REQUESTS, engine, tmp_path / "s.jsonl")
+    for part in (REQUESTS[:4], REQUESTS[4:]):
+        generate(part, batch_engine(), tmp_path / "s.jsonl")
+    assert len(server.sent_batches) == 1
+
+
+def test_line_separators_within_an_answer_do_not_cut_it(server, batch_engine, tmp_path):
+    server.answer = lambda _body: "one\u2028two\u0085three"
+    answers = generate(REQUESTS, batch_engine(), tmp_path / "s.jsonl")
+    assert answers[0].text == "one\u2028two\u0085three" and len(server.sent_batches) == 1

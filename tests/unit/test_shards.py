@@ -64,6 +64,21 @@ def test_merged_shards_give_the_bytes_of_one_process_and_ask_nothing_again(
     assert stage.output("senior.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
+def test_a_shard_takes_over_what_the_whole_and_other_splits_have_answered(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_OUTPUTS", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        stage = runs.Stage("09_synthesize", "r", {})
+        generate(REQUESTS, CountingEngine(fail_after=4), stage.output("senior.jsonl"))
+    asked = []
+    for shard in ("0/2", "1/2"):
+        monkeypatch.setenv(SHARD_VARIABLE, shard)
+        stage = runs.Stage("09_synthesize", "r", {})
+        engine = CountingEngine()
+        generate(stage.part(REQUESTS), engine, stage.output("senior.jsonl"))
+        asked += engine.asked
+    assert sorted(asked) == ["r4", "r5", "r6", "r7"]
+
+
 def test_a_shard_leaves_its_own_record(tmp_path, monkeypatch):
     monkeypatch.setenv("SPEED_OUTPUTS", str(tmp_path))
     monkeypatch.setenv(SHARD_VARIABLE, "1/4")

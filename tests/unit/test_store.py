@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from speed_utils.engines import Completion
-from speed_utils.store import Store, StoreError, read_lines
+from speed_utils.store import Store, StoreError, read_completions
 
 
 def completion(i, text="text"):
@@ -52,6 +52,7 @@ def test_a_damaged_line_is_as_if_not_there(tmp_path):
     with Store(path) as store:
         assert [store.get(completion(i).key) is None for i in range(3)] == [False, True, False]
         store.add([completion(1)])
+    assert [c.id for c in read_completions(path)] == ["r0", "r2", "r1"]
     with Store(path) as store:
         assert store.get(completion(1).key) == completion(1)
 
@@ -116,4 +117,4 @@ def test_arranging_keeps_what_is_not_asked_for_any_more(tmp_path):
     with Store(tmp_path / "s") as store:
         store.add([completion(i) for i in (3, 8, 1)])
         store.arrange([completion(1).key, completion(3).key])
-    assert [json.loads(line)["id"] for _, line in read_lines(tmp_path / "s")] == ["r1", "r3", "r8"]
+    assert [c.id for c in read_completions(tmp_path / "s")] == ["r1", "r3", "r8"]
