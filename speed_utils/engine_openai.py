@@ -110,7 +110,7 @@ class OpenAIEngine:
             loop.close()
         failure = task.exception()
         if failure is not None:
-            raise EngineError(f"{self.model}: {self._hide(str(failure))}") from None
+            raise EngineError(f"{self.model}: {hide_key(str(failure), self.key)}") from None
 
     def stop(self) -> None:
         """Start no further request; what is under way is still waited for, and yielded."""
@@ -193,7 +193,7 @@ class OpenAIEngine:
                     self.pace.succeeded()
                     return completion
                 except openai.APIStatusError as error:
-                    why = self._hide(f"{error.status_code} {error.message}")
+                    why = hide_key(f"{error.status_code} {error.message}", self.key)
                     if error.status_code in FATAL_STATUS or error.code in FATAL_CODES:
                         raise _FatalError(f"{type(error).__name__}: {why[:300]}") from None
                     if error.status_code in BUSY_STATUS:
@@ -203,13 +203,14 @@ class OpenAIEngine:
                     if error.status_code not in RETRIED_STATUS and error.status_code < 500:
                         break
                 except (openai.APIConnectionError, TimeoutError) as error:
-                    why = self._hide(f"{type(error).__name__}: {error.__cause__ or error}")
+                    why = f"{type(error).__name__}: {error.__cause__ or error}"
+                    why = hide_key(why, self.key)
                     self.pace.failed(began, why[:200])
                 except (
                     *(openai.APIResponseValidationError, ValueError, AttributeError),
                     *(TypeError, KeyError, IndexError),
                 ) as error:  # a body that is not the JSON of an answer, as a gateway's own page
-                    why = self._hide(f"unreadable body: {error}")
+                    why = hide_key(f"unreadable body: {error}", self.key)
                     self.pace.failed(began, why[:200])
                 finally:
                     self._budget.settle(reserved, completion)
@@ -233,22 +234,7 @@ class OpenAIEngine:
             except openai.BadRequestError as error:
                 if not self._learn(error.message, form, arguments):
                     raise
-        if not answer.choices:
-            raise ValueError("no choices")
-        choice, usage = answer.choices[0], answer.usage
-        prompt_details = getattr(usage, "prompt_tokens_details", None)
-        answer_details = getattr(usage, "completion_tokens_details", None)
-        return Completion(
-            key=request.key(self.name),
-            id=request.id,
-            text=choice.message.content or "",
-            finish_reason=choice.finish_reason or "stop",
-            prompt_tokens=getattr(usage, "prompt_tokens", 0) or 0,
-            completion_tokens=getattr(usage, "completion_tokens", 0) or 0,
-            model=self.model,
-            cached_prompt_tokens=getattr(prompt_details, "cached_tokens", 0) or 0,
-            reasoning_tokens=getattr(answer_details, "reasoning_tokens", 0) or 0,
-        )
+        return completion_of(answer.model_dump(warnings=False), request, self.name, self.model)
 
     async def _reserve(self, request: Request) -> float:
         """Set money aside; wait while calls under way may still give some back."""
@@ -261,12 +247,7 @@ class OpenAIEngine:
                 await asyncio.sleep(0.05)
 
     def _sampling(self, request: Request) -> dict:
-        wanted = {
-            "max_tokens": request.max_tokens,
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            "seed": request.seed,
-        }
+        wanted = sampling(request)
         named = {self._renamed.get(name, name): value for name, value in wanted.items()}
         return {name: value for name, value in named.items() if name is not None}
 
@@ -281,10 +262,6 @@ class OpenAIEngine:
                 self._renamed[name] = "max_completion_tokens" if name == "max_tokens" else None
                 return True
         return False
-
-    def _hide(self, text: str) -> str:
-        hidden = text.replace(self.key, "***") if self.key != NO_KEY else text
-        return re.sub(r"sk-[\w*-]{4,}", "***", hidden)  # servers quote the key in part
 
 
 class _FatalError(RuntimeError):
@@ -304,17 +281,51 @@ def api_key(base_url: str) -> str:
     return key or NO_KEY
 
 
+def hide_key(text: str, key: str) -> str:
+    """A server's message without the key, which servers like to quote, whole or in part."""
+    hidden = text.replace(key, "***") if key != NO_KEY else text
+    return re.sub(r"sk-[\w*-]{4,}", "***", hidden)
+
+
+def sampling(request: Request) -> dict:
+    """A request's sampling, under the names of the chat completions API."""
+    names = ("max_tokens", "temperature", "top_p", "seed")
+    return {name: getattr(request, name) for name in names}
+
+
 def chat_body(request: Request, model: str) -> dict:
     """A request as the body of a chat completion call."""
     return {
         "model": model,
         "messages": list(request.messages),
-        "max_tokens": request.max_tokens,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "seed": request.seed,
+        **sampling(request),
         **_response_format(request.schema, "json_schema"),
     }
+
+
+def completion_of(
+    body: dict, request: Request, engine_name: str, model: str, *, is_batch: bool = False
+) -> Completion:
+    """The body of a chat completion's answer as a completion.
+
+    Raises:
+        KeyError, IndexError, TypeError, AttributeError: it is no such body.
+    """
+    choice, usage = body["choices"][0], body.get("usage") or {}
+    prompt_details = usage.get("prompt_tokens_details") or {}
+    answer_details = usage.get("completion_tokens_details") or {}
+    return Completion(
+        key=request.key(engine_name),
+        id=request.id,
+        text=choice["message"]["content"] or "",
+        finish_reason=choice.get("finish_reason") or "stop",
+        prompt_tokens=usage.get("prompt_tokens") or 0,
+        completion_tokens=usage.get("completion_tokens") or 0,
+        model=model,
+        cached_prompt_tokens=prompt_details.get("cached_tokens") or 0,
+        reasoning_tokens=answer_details.get("reasoning_tokens") or 0,
+        is_batch=is_batch,
+    )
 
 
 def _response_format(schema: dict | None, form: str) -> dict:

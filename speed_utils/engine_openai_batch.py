@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from speed_utils.engine_openai import api_key, chat_body
+from speed_utils.engine_openai import api_key, chat_body, completion_of, hide_key
 from speed_utils.engines import Completion, EngineError, Request
 from speed_utils.ledger import Budget, BudgetError
 from speed_utils.records import record_id
@@ -89,7 +89,7 @@ class OpenAIBatchEngine:
                 for mark in marks:
                     yield from self._collect(mark, missing, errors)
         except (openai.OpenAIError, BudgetError) as error:
-            text = str(error).replace(self._key, "***")
+            text = hide_key(str(error), self._key)
             raise EngineError(f"{self.model}: {type(error).__name__}: {text[:300]}") from None
         for key, request in missing.items():
             why = errors.get(key, "the batch ended without it")
@@ -212,26 +212,10 @@ class OpenAIBatchEngine:
             if response.get("status_code") != 200:
                 detail = row.get("error") or (response.get("body") or {}).get("error") or {}
                 return key, None, str(detail.get("message") or response.get("status_code"))
-            return key, self._completion(key, request, response["body"]), None
+            body = response["body"]
+            return key, completion_of(body, request, self.name, self.model, is_batch=True), None
         except (KeyError, IndexError, TypeError, AttributeError):
             return key, None, "an unreadable answer"
-
-    def _completion(self, key: str, request: Request, body: dict) -> Completion:
-        choice, usage = body["choices"][0], body.get("usage") or {}
-        prompt_details = usage.get("prompt_tokens_details") or {}
-        answer_details = usage.get("completion_tokens_details") or {}
-        return Completion(
-            key=key,
-            id=request.id,
-            text=choice["message"]["content"] or "",
-            finish_reason=choice.get("finish_reason") or "stop",
-            prompt_tokens=usage.get("prompt_tokens") or 0,
-            completion_tokens=usage.get("completion_tokens") or 0,
-            model=self.model,
-            cached_prompt_tokens=prompt_details.get("cached_tokens") or 0,
-            reasoning_tokens=answer_details.get("reasoning_tokens") or 0,
-            is_batch=True,
-        )
 
 
 class _State:

@@ -28,7 +28,7 @@ from speed_utils.prompts import (
     sample_slots,
     words_bound,
 )
-from speed_utils.records import KINDS, Prompted
+from speed_utils.records import Prompted
 from speed_utils.settings import ROOT_DIR, Profile
 from speed_utils.teacher import BRAINSTORMED_KINDS, kind_counts, teacher_model
 
@@ -221,7 +221,6 @@ def _sizes(document_words_max: int | None) -> _Sizes:
 
 
 def _answer_words(kind: str, slots: dict) -> int:
-    assert kind in KINDS
     least, most = words_bound(slots.get("num_words"))
     asked = least if most is None else (least + most) // 2
     if kind == "retrieval":

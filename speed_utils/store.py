@@ -176,9 +176,6 @@ class Store:
             self._file.close()
         with self.path.open("r+b") as file:
             file.truncate(self._size)
-        self._reopen()
-
-    def _reopen(self) -> None:
         self._file = self.path.open("a+b")
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
