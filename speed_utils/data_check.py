@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from speed_utils.dedup import deduplicate, shingles
+from speed_utils.dedup import near_duplicates, shingles
 from speed_utils.parsing import ParseError, parse_example, parse_tasks, slot_violations
 from speed_utils.records import KIND_KEYS, STS_TASK, Example, Prompted, Rejection
 from speed_utils.settings import ROOT_DIR
@@ -147,7 +147,7 @@ def _repetition_faults(seed: list[Example]) -> list[Fault]:
         for (topic, kind), n in counts.items()
         if n > PER_TOPIC_AND_KIND
     ]
-    removed = deduplicate(seed, threshold=NEAR_DUPLICATE).removed
+    removed = near_duplicates(seed, NEAR_DUPLICATE)
     return faults + [
         Fault("seed.jsonl", r.id, f"nearly repeats {r.duplicate_of} ({r.jaccard:.2f})")
         for r in removed

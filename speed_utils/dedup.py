@@ -1,9 +1,10 @@
-"""Near-duplicate removal with datasketch MinHash LSH, and the statistics of Table 6.
+"""Near-duplicate removal: MinHash LSH proposes pairs, exact Jaccard decides, a million at a time.
 
-Reads examples, returns the kept ones and, for every removed one, which example it repeats.
+Reads examples as JSON Lines, writes the kept lines as they were, and why each other one was left
+out. The input is read in blocks, so memory does not grow with it.
 
-    result = deduplicate(examples, threshold=0.7)
-    result.kept, result.removed
+    result = deduplicate_file(raw_path, dataset_path, removed_path, DedupPlan(threshold=0.7))
+    result.n_kept, result.statistics
 
 Paper: Section 4.1, Appendix A, Table 6. MinHash parameters are not published; ours: 5-word
 shingles, 128 permutations, threshold 0.7, every candidate pair verified by exact Jaccard.
@@ -11,32 +12,86 @@ shingles, 128 permutations, threshold 0.7, every candidate pair verified by exac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass
+from functools import partial
+from itertools import combinations, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
-from speed_utils.records import KINDS, Example
+from speed_utils.records import KINDS, Example, RecordError, replace_file, write_records
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from speed_utils.dedup_join import Index, Marks
 
 SHINGLE_WORDS = 5
-N_PERMUTATIONS = 128
-MINHASH_SEED = 1
+LSH_SLACK = 0.15  # LSH proposes from this much below the threshold: it loses fewer, Jaccard decides
+BLOCK_BYTES_MAX = 64 * 2**20  # of the input, read at once
+DOCUMENT_BYTES = 512  # of memory for each later example whose pairs are read at once
+PAIR_BYTES = 2**14  # of memory for each pair that is verified at once: two texts, several times
+
+Mapper = Callable[[Callable, Iterable], Iterable]
+
+
+@dataclass(frozen=True)
+class DedupPlan:
+    """How duplicates are found.
+
+    Attributes:
+        threshold: Jaccard similarity of word 5-grams from which on two are duplicates, (0, 1].
+        n_permutations: of the MinHash.
+        is_verified: whether exact Jaccard decides each proposed pair; without, LSH decides.
+        memory_gib: what blocks and partitions are sized for, beside the libraries' own memory.
+    """
+
+    threshold: float = 0.7
+    n_permutations: int = 128
+    is_verified: bool = True
+    memory_gib: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold {self.threshold} must be above 0 and at most 1")
+        if self.memory_gib <= 0:
+            raise ValueError(f"memory_gib {self.memory_gib} must be above 0")
+
+    def bands(self) -> tuple[int, int]:
+        """(bands, rows) of the LSH, as datasketch chooses them for the threshold it proposes at."""
+        from datasketch import MinHashLSH
+
+        slack = LSH_SLACK if self.is_verified else 0.0
+        proposing = max(0.1, self.threshold - slack)
+        index = MinHashLSH(threshold=proposing, num_perm=self.n_permutations)
+        return index.b, index.r
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Why an example was removed: the kept one that it repeats, and their exact Jaccard."""
+    """Why an example was removed: the kept one that it repeats, and their exact Jaccard.
+
+    The Jaccard is None where it was not computed (is_verified off).
+    """
 
     id: str
     duplicate_of: str
-    jaccard: float
+    jaccard: float | None
 
 
 @dataclass(frozen=True)
 class Deduplication:
-    """Kept examples in their order, and a Removal for each of the others."""
+    """What a run of deduplicate_file did; ``statistics`` are the rows of Table 6."""
 
-    kept: list[Example]
-    removed: list[Removal]
+    n_raw: int
+    n_kept: int
+    n_candidates: int
+    statistics: list[dict]
 
 
 def duplicate_text(example: Example) -> str:
@@ -48,8 +103,11 @@ def duplicate_text(example: Example) -> str:
 
 
 def shingles(text: str, n_words: int = SHINGLE_WORDS) -> set[str]:
-    """The set of overlapping word n-grams, lower case; a shorter text is one shingle."""
-    words = text.lower().split()
+    """The set of overlapping word n-grams; a shorter text is one shingle.
+
+    Words stand between ASCII white space; ASCII letters are taken in lower case.
+    """
+    words = [word.decode() for word in text.encode().lower().split()]
     if len(words) <= n_words:
         return {" ".join(words)}
     return {" ".join(words[i : i + n_words]) for i in range(len(words) - n_words + 1)}
@@ -78,70 +136,173 @@ def closest_pair(examples: Sequence[Example]) -> tuple[str, str, float]:
     return max(pairs, key=lambda pair: pair[2])
 
 
-def deduplicate(
-    examples: Sequence[Example], *, threshold: float = 0.7, n_permutations: int = N_PERMUTATIONS
+def near_duplicates(examples: Sequence[Example], threshold: float) -> list[Removal]:
+    """What deduplicate_file would remove from a few examples in memory, in their order."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        raw, removed = folder / "raw.jsonl", folder / "removed.jsonl"
+        write_records(raw, examples)
+        deduplicate_file(raw, folder / "kept.jsonl", removed, DedupPlan(threshold))
+        found = {removal.id: removal for removal in read_removals(removed)}
+    return [found[example.id] for example in examples if example.id in found]
+
+
+def read_removals(path: Path, limit: int | None = None) -> list[Removal]:
+    """The (first) removals that deduplicate_file wrote; those of one group stand together."""
+    with path.open(encoding="utf8") as lines:
+        return [Removal(**json.loads(line)) for line in islice(lines, limit)]
+
+
+def deduplicate_file(
+    path: Path,
+    kept_path: Path,
+    removed_path: Path,
+    plan: DedupPlan = DedupPlan(),
+    *,
+    mapper: Mapper = map,
 ) -> Deduplication:
     """Remove every example that nearly repeats an earlier kept one.
 
-    Examples are taken in order of their id, so that the result does not depend on the order of the
-    input; the smallest id of near-duplicates is kept. Kinds never match each other.
+    Earlier is the smaller id, so that the result depends neither on the order of the input nor on
+    who computed which block. Each removed example is a duplicate of the kept one that it names,
+    not merely of one that was removed itself. Kinds never match each other.
+
+    Blocks that are done stay beside ``kept_path`` until the end: run again after a crash, it
+    goes on.
 
     Args:
-        examples: any kinds, ids distinct.
-        threshold: Jaccard similarity of word 5-grams from which on two are duplicates, (0, 1].
-        n_permutations: of the MinHash.
+        path: Example records as JSON Lines, ids distinct.
+        kept_path: receives the kept lines, unchanged and in their order.
+        removed_path: receives a Removal per line, groups together.
+        plan: how duplicates are found.
+        mapper: applies a function to work items and yields results in order: ``map``, a process
+            pool's ``map``, or one over a cluster that shares the file system.
 
     Raises:
-        ValueError: threshold out of range, or an id that occurs twice.
+        RecordError: a line is not an Example, or an id occurs twice.
+
+    Paper: Section 4.1; ours is the order of ids and the exact verification.
     """
-    from datasketch import MinHash, MinHashLSH
+    from speed_utils import dedup_join as join
+    from speed_utils.dedup_blocks import block_spans, sign_block
 
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold {threshold} must be above 0 and at most 1")
-    by_id = {example.id: example for example in examples}
-    if len(by_id) < len(examples):
-        raise ValueError("example ids must be distinct")
-    # LSH only proposes pairs; a lower threshold for it loses fewer, exact Jaccard decides.
-    proposing = max(0.1, threshold - 0.15)
-    indexes = {kind: MinHashLSH(threshold=proposing, num_perm=n_permutations) for kind in KINDS}
-    sets: dict[str, set[str]] = {}
-    removals: dict[str, Removal] = {}
-    for identifier in sorted(by_id):
-        example = by_id[identifier]
-        own = shingles(duplicate_text(example))
-        signature = MinHash(num_perm=n_permutations, seed=MINHASH_SEED)
-        signature.update_batch([shingle.encode() for shingle in own])
-        index = indexes[example.kind]
-        scored = [(jaccard(own, sets[other]), other) for other in index.query(signature)]
-        similarity, original = max(scored, key=lambda pair: (pair[0], pair[1]), default=(0.0, ""))
-        if similarity >= threshold:
-            removals[identifier] = Removal(identifier, original, round(similarity, 4))
-            continue
-        sets[identifier] = own
-        index.insert(identifier, signature)
-    kept = [example for example in examples if example.id not in removals]
-    return Deduplication(kept, [removals[e.id] for e in examples if e.id in removals])
+    work_dir = _work_dir(path, kept_path, plan)
+    memory_bytes = int(plan.memory_gib * 2**30)
+    spans = block_spans(path, min(BLOCK_BYTES_MAX, memory_bytes // 16))
+    sign = partial(sign_block, path, plan.n_permutations, plan.bands(), work_dir)
+    blocks = list(mapper(sign, list(enumerate(spans))))
+    index = join.read_index(blocks)
+    repeated = index.repeated_id()
+    if repeated is not None:
+        raise RecordError(f"{path}: the id {repeated!r} occurs twice; ids must be distinct")
+    n_documents = max(2**12, memory_bytes // DOCUMENT_BYTES)
+    partitions = join.write_pairs(index, blocks, plan.bands()[0], work_dir, n_documents)
+    marks = join.Marks(len(index.order))
+    n_candidates = 0
+    for pairs in join.read_pairs(partitions, max(2**12, memory_bytes // PAIR_BYTES)):
+        similarity = _similarities(path, index, pairs) if plan.is_verified else None
+        marks.add(pairs, similarity, plan.threshold)
+        n_candidates += len(pairs)
+    marks.add_copies(index.first)
+    is_kept = marks.is_kept(index.order)
+    _write_kept(path, kept_path, index.starts, is_kept)
+    _write_removals(removed_path, index, marks)
+    shutil.rmtree(work_dir)
+    return Deduplication(
+        len(is_kept), int(is_kept.sum()), n_candidates, _statistics(index, is_kept)
+    )
 
 
-def dataset_statistics(raw: Sequence[Example], kept: Sequence[Example]) -> list[dict]:
+def _work_dir(path: Path, kept_path: Path, plan: DedupPlan) -> Path:
+    """The folder of finished blocks, named by all that decides them; those of others go."""
+    stat = path.stat()
+    parts = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, *astuple(plan)]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+    folder = kept_path.with_name(f".{kept_path.name}.{key}")
+    for other in kept_path.parent.glob(f".{kept_path.name}.*"):
+        if other != folder:
+            shutil.rmtree(other)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _similarities(path: Path, index: Index, pairs: np.ndarray) -> np.ndarray:
+    """Exact Jaccard of each pair, from the texts, which are read again."""
+    import numpy as np
+
+    from speed_utils import minhash
+    from speed_utils.dedup_blocks import duplicate_texts, parse_lines, read_lines
+    from speed_utils.dedup_join import split_pairs
+
+    left, right = (index.order[ranks] for ranks in split_pairs(pairs))
+    places = np.union1d(left, right)
+    data = read_lines(path, index.starts, places)
+    texts = duplicate_texts(parse_lines(data, str(path)))
+    hashes, offsets = minhash.shingle_sets(texts)
+    one, two = np.searchsorted(places, left), np.searchsorted(places, right)
+    return minhash.jaccards(hashes, offsets, one, two)
+
+
+def _write_kept(path: Path, kept_path: Path, starts: np.ndarray, is_kept: np.ndarray) -> None:
+    """Copy the kept lines, unchanged, in runs of neighbours."""
+    import numpy as np
+
+    turns = np.flatnonzero(np.diff(np.concatenate([[False], is_kept, [False]]).astype(np.int8)))
+
+    def copy(target: BinaryIO) -> None:
+        with path.open("rb") as source:
+            for first, last in turns.reshape(-1, 2):
+                start, stop = int(starts[first]), int(starts[last])
+                source.seek(start)
+                while start < stop:
+                    data = source.read(min(BLOCK_BYTES_MAX, stop - start))
+                    target.write(data)
+                    start += len(data)
+
+    replace_file(kept_path, copy)
+
+
+def _write_removals(removed_path: Path, index: Index, marks: Marks) -> None:
+    """One line for each removed example; those of one original together."""
+    import numpy as np
+
+    removed = np.flatnonzero(marks.duplicate_of >= 0)
+    removed = removed[np.lexsort([removed, marks.duplicate_of[removed]])]
+    ids = index.ids[index.order]
+    columns = (
+        ids[removed].tolist(),
+        ids[marks.duplicate_of[removed]].tolist(),
+        marks.similarity[removed].tolist(),
+    )
+
+    def write(file: BinaryIO) -> None:
+        for own, original, similarity in zip(*columns, strict=True):
+            value = None if similarity != similarity else round(similarity, 4)
+            row = {"id": own.decode(), "duplicate_of": original.decode(), "jaccard": value}
+            file.write(json.dumps(row).encode() + b"\n")
+
+    replace_file(removed_path, write)
+
+
+def _statistics(index: Index, is_kept: np.ndarray) -> list[dict]:
     """Table 6: per kind, examples before and after, share removed, mean lengths in words."""
+    import numpy as np
+
+    from speed_utils.dedup_blocks import TEXT_FIELDS
+
     rows = []
     for kind in [*KINDS, "all"]:
-        before = [e for e in raw if kind in ("all", e.kind)]
-        after = [e for e in kept if kind in ("all", e.kind)]
-        rows.append(
-            {
-                "kind": kind,
-                "raw": len(before),
-                "kept": len(after),
-                "removed_share": 1 - len(after) / len(before) if before else None,
-                "query_words": _mean_words([e.query for e in after]),
-                "positive_words": _mean_words([e.positive for e in after]),
-                "negative_words": _mean_words([e.negative for e in after if e.negative]),
-            }
-        )
+        own = np.ones(len(is_kept), bool) if kind == "all" else index.kinds == KINDS.index(kind)
+        words = index.words[own & is_kept]
+        n_raw, n_kept = int(own.sum()), len(words)
+        row = {
+            "kind": kind,
+            "raw": n_raw,
+            "kept": n_kept,
+            "removed_share": 1 - n_kept / n_raw if n_raw else None,
+        }
+        for field, counts in zip(TEXT_FIELDS, words.T, strict=True):
+            counts = counts[counts > 0]  # matching has no negative
+            row[f"{field}_words"] = round(float(counts.mean()), 1) if len(counts) else None
+        rows.append(row)
     return rows
-
-
-def _mean_words(texts: list[str]) -> float | None:
-    return round(sum(len(text.split()) for text in texts) / len(texts), 1) if texts else None

@@ -61,11 +61,7 @@ def parse_fields(text: str, kind: str) -> tuple[str, str, str | None]:
         ParseError: as parse_object, or "not a string", "empty field", "same texts",
             "unprintable text".
     """
-    keys = KIND_KEYS[kind]
-    value = parse_object(text, keys)
-    fields = []
-    for key in keys:
-        fields.append(_text(value, key))
+    fields = _fields(text, kind)
     if len({field.strip().casefold() for field in fields}) < len(fields):
         raise ParseError("same texts: two fields are equal")
     query, positive, *rest = fields
@@ -167,6 +163,15 @@ def parse_revision(text: str, prompted: Prompted, root: str, *, stage: str) -> R
     )
 
 
+def has_valid_json(text: str, kind: str) -> bool:
+    """Whether a text is a JSON object with this kind's keys, all of them text."""
+    try:
+        _fields(text, kind)
+    except ParseError:
+        return False
+    return True
+
+
 def is_valid_answer(text: str, kind: str) -> bool:
     """Whether a text is an acceptable answer of this kind, as it stands."""
     try:
@@ -202,6 +207,13 @@ def slot_violations(example: Example) -> list[str]:
 def prompt_fields(prompted: Prompted) -> dict:
     """The fields that every record made from a data prompt shares."""
     return {name: getattr(prompted, name) for name in Prompted.model_fields}
+
+
+def _fields(text: str, kind: str) -> list[str]:
+    """The texts of an answer's keys, in their order; raises ParseError."""
+    keys = KIND_KEYS[kind]
+    value = parse_object(text, keys)
+    return [_text(value, key) for key in keys]
 
 
 def _text(value: dict, key: str) -> str:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import BinaryIO, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -144,8 +144,8 @@ def record_id(*parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def read_records(path: Path | str, model: type[R]) -> list[R]:
-    """Read a JSON Lines file of one record type.
+def read_records(path: Path | str, model: type[R], limit: int | None = None) -> list[R]:
+    """Read a JSON Lines file of one record type; with ``limit`` no more than its first records.
 
     Raises:
         RecordError: file missing, a line is not JSON, or a field is missing, unknown or mistyped.
@@ -156,6 +156,8 @@ def read_records(path: Path | str, model: type[R]) -> list[R]:
     records = []
     with path.open(encoding="utf8") as lines:
         for number, line in enumerate(lines, 1):
+            if limit is not None and len(records) >= limit:
+                break
             if not line.strip():
                 continue
             try:
@@ -167,6 +169,26 @@ def read_records(path: Path | str, model: type[R]) -> list[R]:
     return records
 
 
+def find_records(path: Path | str, model: type[R], ids: Collection[str]) -> dict[str, R]:
+    """Some records of a large file, by their ids, in the order of the file.
+
+    Raises:
+        RecordError: a record of one of these ids cannot be read.
+    """
+    marks = [json.dumps(identifier) for identifier in ids]
+    found = {}
+    with Path(path).open(encoding="utf8") as lines:
+        for line in lines:
+            if any(mark in line for mark in marks):
+                try:
+                    record = model.model_validate_json(line)
+                except ValidationError as error:
+                    raise RecordError(f"{path}: {error}") from None
+                if record.id in ids:
+                    found[record.id] = record
+    return found
+
+
 def write_records(path: Path | str, records: Iterable[Record]) -> int:
     """Write records as JSON Lines, atomically; return how many."""
     lines = [record.to_json() for record in records]
@@ -175,12 +197,22 @@ def write_records(path: Path | str, records: Iterable[Record]) -> int:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Replace a text file in one step: a reader sees the old file or the new one, never a part."""
+    """Replace a text file in one step; see replace_file."""
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def replace_file(path: Path | str, write: Callable[[BinaryIO], object]) -> None:
+    """Replace a file in one step: a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: of the file; its folder is made.
+        write: receives the open file and writes all of it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("w", encoding="utf8") as file:
-        file.write(text)
+    with part.open("wb") as file:
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)

@@ -8,11 +8,17 @@ Paper: Section 3.2.3 (root data), Section 3.3 (senior writes, revisor refines in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from speed_utils.engines import Completion, Request, request_seed
 from speed_utils.generation import answer_tokens, bounded_schema
-from speed_utils.parsing import is_valid_answer, parse_example, prompt_fields, unusable
+from speed_utils.parsing import (
+    has_valid_json,
+    is_valid_answer,
+    parse_example,
+    prompt_fields,
+    unusable,
+)
 from speed_utils.prompts import messages, prompt_of, revisor_prompt
 from speed_utils.records import (
     Candidates,
@@ -147,9 +153,22 @@ def apply_revisions(
 
 
 def valid_share(prompts: Sequence[Prompted], completions: Sequence[Completion]) -> float:
-    """The share of answers, 0 to 1, that are valid as they stand (kind's keys, not cut)."""
-    valid = [
-        completion.finish_reason == "stop" and is_valid_answer(completion.text, prompt.kind)
+    """The share of answers, 0 to 1, that are JSON with the kind's keys, and not cut."""
+    return _share(prompts, completions, has_valid_json)
+
+
+def usable_share(prompts: Sequence[Prompted], completions: Sequence[Completion]) -> float:
+    """The share of answers, 0 to 1, that make an example: valid, and no two fields equal."""
+    return _share(prompts, completions, is_valid_answer)
+
+
+def _share(
+    prompts: Sequence[Prompted],
+    completions: Sequence[Completion],
+    is_good: Callable[[str, str], bool],
+) -> float:
+    good = [
+        completion.finish_reason == "stop" and is_good(completion.text, prompt.kind)
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    return sum(valid) / len(valid)
+    return sum(good) / len(good)

@@ -1,15 +1,27 @@
+import json
 import random
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
 
+import pyarrow as pa
 import pytest
+from datasketch import MinHash
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from speed_utils import dedup, dedup_blocks, minhash
 from speed_utils.dedup import (
+    DedupPlan,
     closest_pair,
-    dataset_statistics,
-    deduplicate,
+    deduplicate_file,
     duplicate_text,
     jaccard,
+    near_duplicates,
+    read_removals,
     shingles,
 )
+from speed_utils.records import Example, RecordError, read_records, write_records
 
 
 def many_examples(make_example, n=120, seed=0):
@@ -41,51 +53,187 @@ def brute_force(examples, threshold):
     return {example.id for example in kept}
 
 
-@pytest.mark.parametrize("threshold", [0.5, 0.7])
-def test_it_agrees_with_brute_force_on_clear_duplicates(make_example, threshold):
-    examples = many_examples(make_example)
-    result = deduplicate(examples, threshold=threshold)
-    expected = brute_force(examples, threshold)
-    kept = {example.id for example in result.kept}
-    assert expected <= kept  # exact verification: nothing is removed wrongly
-    assert len(kept - expected) <= 1  # LSH may miss a pair at the very threshold
-    assert len(result.removed) >= 10
+def deduplicated(folder, examples, plan=None, mapper=map):
+    """(kept ids, removals as dicts, result) of a run over a file."""
+    raw = folder / "raw.jsonl"
+    write_records(raw, examples)
+    result = deduplicate_file(
+        raw,
+        folder / "kept.jsonl",
+        folder / "removed.jsonl",
+        plan or DedupPlan(),
+        mapper=mapper,
+    )
+    kept = [example.id for example in read_records(folder / "kept.jsonl", Example)]
+    return kept, [asdict(r) for r in read_removals(folder / "removed.jsonl")], result
 
 
-def test_each_removal_names_a_kept_original_and_its_true_similarity(make_example):
-    examples = many_examples(make_example)
-    result = deduplicate(examples, threshold=0.6)
-    kept = {example.id: example for example in result.kept}
-    by_id = {example.id: example for example in examples}
-    for removal in result.removed:
-        original = kept[removal.duplicate_of]
-        similarity = jaccard(
-            shingles(duplicate_text(by_id[removal.id])), shingles(duplicate_text(original))
+TEXTS = st.text(st.sampled_from("abAB é\u00a0\n\t .,"), max_size=60)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(TEXTS, min_size=1, max_size=6))
+def test_signatures_equal_those_of_datasketch(texts):
+    for text, own in zip(texts, minhash.signatures(pa.array(texts)), strict=True):
+        theirs = MinHash(
+            num_perm=minhash.N_PERMUTATIONS,
+            seed=minhash.MINHASH_SEED,
+            hashfunc=minhash.shingle_hash,
         )
-        assert removal.jaccard == pytest.approx(similarity, abs=1e-4) and similarity >= 0.6
-        assert original.id < removal.id
+        theirs.update_batch([shingle.encode() for shingle in shingles(text)])
+        assert (own == theirs.hashvalues).all()
 
 
-def test_the_order_of_the_input_does_not_matter(make_example):
+@settings(max_examples=60, deadline=None)
+@given(st.lists(TEXTS, min_size=2, max_size=8))
+def test_compiled_jaccard_and_word_counts_equal_the_definition(texts):
+    array = pa.array(texts)
+    hashes, offsets = minhash.shingle_sets(array)
+    pairs = [(i, j) for i in range(len(texts)) for j in range(len(texts))]
+    left, right = (minhash.np.array(side) for side in zip(*pairs, strict=True))
+    computed = minhash.jaccards(hashes, offsets, left, right)
+    for (i, j), value in zip(pairs, computed, strict=True):
+        assert value == jaccard(shingles(texts[i]), shingles(texts[j]))
+    assert minhash.count_words(array).tolist() == [len(t.encode().split()) for t in texts]
+
+
+def test_texts_longer_than_any_buffer_are_read_whole():
+    words = [f"word{i}" for i in range(20_000)]
+    array = pa.array([" ".join(words), " ".join([*words[:-1], "other"])])
+    hashes, offsets = minhash.shingle_sets(array)
+    assert offsets.tolist() == [0, 19_996, 2 * 19_996]
+    value = minhash.jaccards(hashes, offsets, minhash.np.array([0]), minhash.np.array([1]))
+    assert value[0] == 19_995 / 19_997
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.7])
+def test_it_agrees_with_brute_force_on_clear_duplicates(make_example, tmp_path, threshold):
     examples = many_examples(make_example)
+    kept, removals, result = deduplicated(tmp_path, examples, DedupPlan(threshold))
+    expected = brute_force(examples, threshold)
+    assert expected <= set(kept)  # exact verification: nothing is removed wrongly
+    assert len(set(kept) - expected) <= 1  # LSH may miss a pair at the very threshold
+    assert len(removals) >= 10
+    assert (result.n_raw, result.n_kept) == (len(examples), len(kept))
+    assert kept == [e.id for e in examples if e.id in set(kept)]  # in the order of the file
+
+
+def test_each_removal_names_a_kept_original_and_its_true_similarity(make_example, tmp_path):
+    examples = many_examples(make_example)
+    kept, removals, _ = deduplicated(tmp_path, examples, DedupPlan(0.6))
+    by_id = {example.id: example for example in examples}
+    for removal in removals:
+        assert removal["duplicate_of"] in set(kept)
+        pair = [by_id[removal[key]] for key in ("id", "duplicate_of")]
+        similarity = jaccard(*(shingles(duplicate_text(example)) for example in pair))
+        assert removal["jaccard"] == pytest.approx(similarity, abs=1e-4) and similarity >= 0.6
+        assert removal["duplicate_of"] < removal["id"]
+
+
+def test_a_chain_is_cut_where_its_middle_was_removed(make_example):
+    words = [f"w{i}" for i in range(60)]
+    texts = [words, [*words[:50], *"abcdefghij"], [*words[:40], *"klmnopqrst", *"abcdefghij"]]
+    examples = [
+        make_example(id=f"id{i}", query="q", positive=" ".join(text), negative=None)
+        for i, text in enumerate(texts)
+    ]
+    removed = near_duplicates(examples, 0.5)
+    # the third repeats the second, but the second is gone, and the first is another text
+    assert [(r.id, r.duplicate_of) for r in removed] == [("id1", "id0")]
+
+
+@pytest.mark.parametrize("is_verified", [True, False])
+def test_neither_order_nor_blocks_nor_processes_matter(
+    make_example, tmp_path, monkeypatch, is_verified
+):
+    examples = many_examples(make_example, n=300)
+    plan = DedupPlan(is_verified=is_verified)
+    kept, removals, _ = deduplicated(tmp_path, examples, plan)
+    assert removals and (removals[0]["jaccard"] is not None or not is_verified)
+    monkeypatch.setattr(dedup, "BLOCK_BYTES_MAX", 5_000)
+    monkeypatch.setattr(dedup, "DOCUMENT_BYTES", 2**24)  # several files of pairs
     shuffled = random.Random(3).sample(examples, len(examples))
-    kept = {example.id for example in deduplicate(examples).kept}
-    assert kept == {example.id for example in deduplicate(shuffled).kept}
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        again, others, _ = deduplicated(tmp_path, shuffled, plan, mapper=pool.map)
+    assert set(again) == set(kept) and others == removals
+
+
+def test_copies_repeat_what_their_first_repeats(make_example, tmp_path):
+    words = [f"w{i}" for i in range(60)]
+    near = [*words[:58], "x", "y"]
+    examples = [
+        make_example(id=name, query="q", positive=" ".join(text), negative=None)
+        for name, text in [("a", words), ("b", near), ("c", near), ("d", words)]
+    ]
+    kept, removals, result = deduplicated(tmp_path, examples)
+    assert kept == ["a"] and {r["duplicate_of"] for r in removals} == {"a"}
+    assert {r["id"]: r["jaccard"] for r in removals}["d"] == 1.0
+    assert result.n_candidates == 1  # copies are not compared
+
+
+def test_what_was_signed_before_a_crash_is_not_signed_again(make_example, tmp_path, monkeypatch):
+    examples = many_examples(make_example, n=60)
+    monkeypatch.setattr(dedup, "BLOCK_BYTES_MAX", 2_000)
+    expected = deduplicated(tmp_path, examples)[:2]
+    n_calls = []
+    original = minhash.band_hashes
+
+    def fails_at_third(*arguments, **options):
+        n_calls.append(1)
+        if len(n_calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(minhash, "band_hashes", fails_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        deduplicated(tmp_path, examples)
+    raw = tmp_path / "raw.jsonl"
+    outputs = tmp_path / "kept.jsonl", tmp_path / "removed.jsonl"
+    deduplicate_file(raw, *outputs)
+    n_blocks = len(list(dedup_blocks.block_spans(raw, 2_000)))
+    assert len(n_calls) == n_blocks + 1 and n_blocks > 5
+    assert [e.id for e in read_records(outputs[0], Example)] == expected[0]
+    assert not list(tmp_path.glob(".kept*"))
 
 
 def test_kinds_never_match_each_other(make_example):
     pair = [make_example(id="a"), make_example(id="b", kind="sts"), make_example(id="c")]
-    result = deduplicate(pair)
-    assert [(r.id, r.duplicate_of, r.jaccard) for r in result.removed] == [("c", "a", 1.0)]
+    removed = near_duplicates(pair, 0.7)
+    assert [(r.id, r.duplicate_of, r.jaccard) for r in removed] == [("c", "a", 1.0)]
 
 
-def test_the_task_does_not_decide_and_bad_input_is_refused(make_example):
+def test_the_task_does_not_decide(make_example):
     example = make_example()
     assert example.task not in duplicate_text(example)
+    other = make_example(id="b", task="quite another task")
+    assert len(near_duplicates([make_example(id="a"), other], 0.7)) == 1
+
+
+def test_bad_input_is_refused_by_name(make_example, tmp_path):
     with pytest.raises(ValueError, match="threshold"):
-        deduplicate([example], threshold=0)
-    with pytest.raises(ValueError, match="distinct"):
-        deduplicate([example, example])
+        DedupPlan(threshold=0)
+    with pytest.raises(RecordError, match="twice"):
+        deduplicated(tmp_path, [make_example(), make_example()])
+    raw = tmp_path / "raw.jsonl"
+    paths = raw, tmp_path / "kept.jsonl", tmp_path / "removed.jsonl"
+    row = json.loads(make_example().to_json())
+    for line, message in [
+        ("{", "repair the file"),
+        (json.dumps({**row, "kind": "odd"}), "unknown kind"),
+        (json.dumps({**row, "positive": None}), "no 'positive'"),
+        ("\n" + json.dumps(row), "empty lines"),
+    ]:
+        raw.write_text(line + "\n")
+        with pytest.raises(RecordError, match=message):
+            deduplicate_file(*paths)
+
+
+def test_an_empty_file_and_a_file_without_a_last_newline(make_example, tmp_path):
+    assert deduplicated(tmp_path, [])[0] == []
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text(make_example(id="a").to_json() + "\n" + make_example(id="b").to_json())
+    result = deduplicate_file(raw, tmp_path / "kept.jsonl", tmp_path / "removed.jsonl")
+    assert (result.n_raw, result.n_kept) == (2, 1)
 
 
 def test_shingles_of_short_and_long_texts():
@@ -94,9 +242,9 @@ def test_shingles_of_short_and_long_texts():
     assert jaccard({"a", "b", "c"}, {"b", "c", "d"}) == 0.5
 
 
-def test_statistics_have_a_row_per_kind_and_a_total(make_example):
+def test_statistics_have_a_row_per_kind_and_a_total(make_example, tmp_path):
     raw = [make_example(id="a"), make_example(id="b"), make_example(id="c", kind="sts")]
-    rows = {row["kind"]: row for row in dataset_statistics(raw, raw[1:])}
+    rows = {row["kind"]: row for row in deduplicated(tmp_path, raw)[2].statistics}
     assert rows["retrieval"]["removed_share"] == 0.5
     assert rows["all"] | {"query_words": 4.0, "raw": 3, "kept": 2} == rows["all"]
     assert rows["classification"]["query_words"] is None

@@ -1,0 +1,144 @@
+"""Examples in blocks: read, signed and noted on disk, one block at a time, by whom it may be.
+
+    spans = block_spans(path, block_bytes)
+    notes_path = sign_block(path, n_permutations, bands, work_dir, (0, spans[0]))
+
+Paper: not stated; ours, because a million examples are more than memory should hold.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import json as arrow_json
+
+from speed_utils import minhash
+from speed_utils.records import KINDS, RecordError, replace_file
+
+TEXT_FIELDS = ("query", "positive", "negative")
+PARSE_BYTES = 2**22  # of JSON for one thread at a time
+
+
+def block_spans(path: Path, block_bytes: int) -> Iterator[tuple[int, int]]:
+    """Byte ranges of whole lines that cover the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = 0
+        while start < size:
+            file.seek(min(start + block_bytes, size) - 1)
+            file.readline()
+            stop = file.tell()
+            yield start, stop
+            start = stop
+
+
+def sign_block(
+    path: Path,
+    n_permutations: int,
+    bands: tuple[int, int],
+    work_dir: Path,
+    item: tuple[int, tuple[int, int]],
+) -> Path:
+    """Read and sign one block, if no earlier try did.
+
+    Args:
+        path: Example records as JSON Lines.
+        n_permutations: of the MinHash.
+        bands: number of bands, and signature values in each.
+        work_dir: receives the block's files.
+        item: the block's number and byte range.
+
+    Returns:
+        The file with the block's notes (ids, kinds, starts, words, prints), as numpy writes it;
+        the hashes of its bands lie beside it, see bands_path.
+
+    Raises:
+        RecordError: a line is not an Example.
+    """
+    number, (start, stop) = item
+    block = work_dir / f"{number:05d}.npz"
+    if block.is_file():
+        return block
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read(stop - start)
+    table = parse_lines(data, str(path))
+    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")) + 1
+    if not data.endswith(b"\n"):
+        ends = np.append(ends, len(data))
+    if len(ends) != len(table):
+        raise RecordError(
+            f"{path}: {len(ends)} lines hold {len(table)} records; remove empty lines"
+        )
+    kinds = pc.index_in(table["kind"].combine_chunks(), pa.array(KINDS, pa.string()))
+    if kinds.null_count:
+        raise RecordError(f"{path}: a record has an unknown kind; one of {', '.join(KINDS)}")
+    kinds = kinds.to_numpy().astype(np.uint8)
+    hashes, prints = minhash.band_hashes(
+        duplicate_texts(table),
+        kinds,
+        n_permutations=n_permutations,
+        n_bands=bands[0],
+        n_rows=bands[1],
+    )
+    words = [minhash.count_words(table[name]) for name in TEXT_FIELDS]
+    notes = {
+        "ids": np.array(table["id"].cast("binary").to_pylist(), "S"),
+        "kinds": kinds,
+        "starts": start + np.concatenate([[0], ends]),
+        "words": np.stack(words, axis=1).astype(np.int32),
+        "prints": prints,
+    }
+    replace_file(bands_path(block), lambda part: np.save(part, hashes))
+    replace_file(block, lambda part: np.savez(part, **notes))
+    return block
+
+
+def bands_path(block: Path) -> Path:
+    """Where a block keeps the hashes of its bands, shape (bands, examples)."""
+    return block.with_name(f"{block.stem}-bands.npy")
+
+
+def parse_lines(data: bytes, where: str) -> pa.Table:
+    """Columns id, kind, query, positive, negative of JSON Lines, in their order."""
+    schema = pa.schema([(name, pa.string()) for name in ("id", "kind", *TEXT_FIELDS)])
+    options = arrow_json.ParseOptions(
+        explicit_schema=schema, newlines_in_values=False, unexpected_field_behavior="ignore"
+    )
+    try:
+        table = arrow_json.read_json(
+            pa.BufferReader(data),
+            read_options=arrow_json.ReadOptions(block_size=PARSE_BYTES),
+            parse_options=options,
+        )
+    except pa.ArrowInvalid as error:
+        raise RecordError(f"{where}: {error}; run 09 again, or repair the file") from None
+    missing = [name for name in ("id", "kind", "query", "positive") if table[name].null_count]
+    if missing:
+        raise RecordError(f"{where}: a record has no {missing[0]!r}; run 09 again")
+    return table.combine_chunks()
+
+
+def duplicate_texts(table: pa.Table) -> pa.Array:
+    """dedup.duplicate_text of each row."""
+    columns = [table[name].combine_chunks() for name in TEXT_FIELDS]
+    columns[2] = pc.if_else(pc.equal(columns[2], ""), None, columns[2])
+    return pc.binary_join_element_wise(*columns, " ", null_handling="skip")
+
+
+def read_lines(path: Path, starts: np.ndarray, places: np.ndarray) -> bytes:
+    """The lines at ascending places."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        froms, untils = starts[places].tolist(), starts[places + 1].tolist()
+        lines = [
+            os.pread(file, until - start, start) for start, until in zip(froms, untils, strict=True)
+        ]
+    finally:
+        os.close(file)
+    return b"".join(line if line.endswith(b"\n") else line + b"\n" for line in lines)
