@@ -4,11 +4,12 @@
 # make quick   set-up and the tests that take a few minutes
 # make lint    style of code and notebooks   make format mend the style
 # make lab     set-up and JupyterLab         make doctor what this machine can run
+# make setup-vllm   set-up and vllm: for the GPU, or for the CPU where there is none
 
 PYTHON ?= python3
 RUN := .venv/bin/python -m speed_utils
 
-.PHONY: study smoke test quick lab lint format setup doctor
+.PHONY: study smoke test quick lab lint format setup setup-vllm doctor
 
 study: setup
 	@$(RUN) run --profile laptop
@@ -41,6 +42,9 @@ format: setup
 
 setup:
 	@$(PYTHON) speed_utils/setup_environment.py
+
+setup-vllm: setup
+	@$(PYTHON) speed_utils/setup_environment.py vllm
 
 doctor: setup
 	@$(RUN) doctor

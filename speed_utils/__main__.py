@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.ray:
+        return _run_on_ray(options)
     folder = study.run_study(
         options.profile,
         run=options.run,
@@ -48,6 +50,28 @@ def _run(options: argparse.Namespace) -> int:
     )
     if not options.shard:
         _print_scores(folder.name)
+    return 0
+
+
+def _run_on_ray(options: argparse.Namespace) -> int:
+    from speed_utils.cluster import run_on_ray
+    from speed_utils.ray_tasks import ClusterError
+
+    if options.shard:
+        raise ShardError("--ray makes the shards itself; say how many with --shards")
+    try:
+        folder = run_on_ray(
+            options.ray,
+            options.profile,
+            run=options.run,
+            n_shards=options.shards,
+            stages=study.selected_stages(options.from_stage, options.to_stage, options.only),
+            overrides=options.parameters,
+        )
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    _print_scores(folder.name)
     return 0
 
 
@@ -167,6 +191,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--shard", metavar="I/N", help="with --only: part I (from 0) of N; without it, they merge"
     )
+    run.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="share 03, 05, 07, 09, 10 out on a cluster: auto, local",
+    )
+    run.add_argument("--shards", type=int, metavar="N", help="with --ray; default: one per machine")
     run.set_defaults(action=_run)
     status = commands.add_parser("status", help="what of a run is up to date, and why not")
     status.add_argument("--run", help="name of the run; default: the newest")

@@ -16,18 +16,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from speed_utils.dedup import near_duplicates, shingles
+from speed_utils.dedup import near_duplicates
+from speed_utils.overlap import ngrams
 from speed_utils.parsing import ParseError, parse_example, parse_tasks, slot_violations
 from speed_utils.records import KIND_KEYS, STS_TASK, Example, Prompted, Rejection
 from speed_utils.settings import ROOT_DIR
 from speed_utils.teacher import BRAINSTORMED_KINDS, TEACHER_DIR
 
 BENCHMARK_DIR = ROOT_DIR / "data" / "benchmark"
-LEAK_WORDS = 13  # of a text in the training data that also stands in an evaluation text
 COPY_WORDS = 8  # of a query that also stand in its positive document
 NEAR_DUPLICATE = 0.5  # Jaccard of word 5-grams
 PER_TOPIC_AND_KIND = 2  # seed examples
-WORDLIKE = str.maketrans(dict.fromkeys("\"'.,;:!?()[]-–—‘’“”", " "))
 
 
 @dataclass(frozen=True)
@@ -61,30 +60,35 @@ def check_data(teacher_dir: Path = TEACHER_DIR, benchmark_dir: Path = BENCHMARK_
         faults += [Fault("preferences.jsonl", row["id"], w) for w in _preference_faults(row)]
     for row in read_rows(teacher_dir / "revisions.jsonl"):
         faults += [Fault("revisions.jsonl", row["id"], w) for w in _revision_faults(row)]
-    for path in sorted(benchmark_dir.glob("*.jsonl")):
-        texts = [text for row in read_rows(path) for text in _strings(row)]
-        faults += overlap_faults(texts, path.name, teacher_dir)
+    for name, texts in benchmark_texts(benchmark_dir).items():
+        faults += overlap_faults(texts, name, teacher_dir)
     return faults
 
 
 def overlap_faults(
     evaluation_texts: Iterable[str], name: str, teacher_dir: Path = TEACHER_DIR
 ) -> list[Fault]:
-    """Records of the teacher that share LEAK_WORDS words in a row with an evaluation text."""
+    """Records of the teacher that share OVERLAP_WORDS words in a row with an evaluation text."""
     known: set[str] = set()
     for text in evaluation_texts:
-        known |= _ngrams(text, LEAK_WORDS)
+        known.update(ngrams(text))
     faults = []
     for filename in ("seed.jsonl", "revisions.jsonl"):
         for row in read_rows(teacher_dir / filename):
-            shared = {
-                gram for text in _strings(row["answer"]) for gram in _ngrams(text, LEAK_WORDS)
-            }
+            shared = {gram for text in _strings(row["answer"]) for gram in ngrams(text)}
             faults += [
                 Fault(filename, row["id"], f"shares with {name}: {gram!r}")
                 for gram in sorted(shared & known)[:1]
             ]
     return faults
+
+
+def benchmark_texts(benchmark_dir: Path = BENCHMARK_DIR) -> dict[str, list[str]]:
+    """Every text of the bundled benchmark, by file."""
+    return {
+        path.name: [text for row in read_rows(path) for text in _strings(row)]
+        for path in sorted(benchmark_dir.glob("*.jsonl"))
+    }
 
 
 def mteb_texts(task_names: Sequence[str]) -> Iterator[str]:
@@ -135,7 +139,7 @@ def _seed_faults(example: Example, row: dict, tasks: dict) -> list[str]:
     if example.task not in known:
         faults.append("its task was not brainstormed")
     if example.kind in ("retrieval", "matching_short", "matching_long"):
-        copied = _ngrams(example.query, COPY_WORDS) & _ngrams(example.positive, COPY_WORDS)
+        copied = set(ngrams(example.query, COPY_WORDS)) & set(ngrams(example.positive, COPY_WORDS))
         faults += [f"query and positive share {gram!r}" for gram in sorted(copied)[:1]]
     return faults
 
@@ -181,11 +185,6 @@ def _revision_faults(row: dict) -> list[str]:
 def _parsed(row: dict, text: str) -> Example | Rejection:
     prompted = Prompted(**{name: row[name] for name in Prompted.model_fields})
     return parse_example(text, prompted, "teacher", stage="check")
-
-
-def _ngrams(text: str, n_words: int) -> set[str]:
-    words = text.lower().translate(WORDLIKE).split()
-    return shingles(" ".join(words), n_words) if len(words) >= n_words else set()
 
 
 def _strings(value: object) -> Iterator[str]:

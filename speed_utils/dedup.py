@@ -184,7 +184,7 @@ def deduplicate_file(
     Paper: Section 4.1; ours is the order of ids and the exact verification.
     """
     from speed_utils import dedup_join as join
-    from speed_utils.dedup_blocks import block_spans, sign_block
+    from speed_utils.dedup_blocks import block_spans, copy_lines, sign_block
 
     work_dir = _work_dir(path, kept_path, plan)
     memory_bytes = int(plan.memory_gib * 2**30)
@@ -205,7 +205,7 @@ def deduplicate_file(
         n_candidates += len(pairs)
     marks.add_copies(index.first)
     is_kept = marks.is_kept(index.order)
-    _write_kept(path, kept_path, index.starts, is_kept)
+    copy_lines(path, kept_path, index.starts, is_kept)
     _write_removals(removed_path, index, marks)
     shutil.rmtree(work_dir)
     return Deduplication(
@@ -241,25 +241,6 @@ def _similarities(path: Path, index: Index, pairs: np.ndarray) -> np.ndarray:
     hashes, offsets = minhash.shingle_sets(texts)
     one, two = np.searchsorted(places, left), np.searchsorted(places, right)
     return minhash.jaccards(hashes, offsets, one, two)
-
-
-def _write_kept(path: Path, kept_path: Path, starts: np.ndarray, is_kept: np.ndarray) -> None:
-    """Copy the kept lines, unchanged, in runs of neighbours."""
-    import numpy as np
-
-    turns = np.flatnonzero(np.diff(np.concatenate([[False], is_kept, [False]]).astype(np.int8)))
-
-    def copy(target: BinaryIO) -> None:
-        with path.open("rb") as source:
-            for first, last in turns.reshape(-1, 2):
-                start, stop = int(starts[first]), int(starts[last])
-                source.seek(start)
-                while start < stop:
-                    data = source.read(min(BLOCK_BYTES_MAX, stop - start))
-                    target.write(data)
-                    start += len(data)
-
-    replace_file(kept_path, copy)
 
 
 def _write_removals(removed_path: Path, index: Index, marks: Marks) -> None:

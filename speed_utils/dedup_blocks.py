@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from speed_utils.records import KINDS, RecordError, replace_file
 
 TEXT_FIELDS = ("query", "positive", "negative")
 PARSE_BYTES = 2**22  # of JSON for one thread at a time
+COPY_BYTES = 2**24
 
 
 def block_spans(path: Path, block_bytes: int) -> Iterator[tuple[int, int]]:
@@ -68,12 +70,10 @@ def sign_block(
         file.seek(start)
         data = file.read(stop - start)
     table = parse_lines(data, str(path))
-    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")) + 1
-    if not data.endswith(b"\n"):
-        ends = np.append(ends, len(data))
-    if len(ends) != len(table):
+    starts = line_starts(data)
+    if len(starts) - 1 != len(table):
         raise RecordError(
-            f"{path}: {len(ends)} lines hold {len(table)} records; remove empty lines"
+            f"{path}: {len(starts) - 1} lines hold {len(table)} records; remove empty lines"
         )
     kinds = pc.index_in(table["kind"].combine_chunks(), pa.array(KINDS, pa.string()))
     if kinds.null_count:
@@ -90,7 +90,7 @@ def sign_block(
     notes = {
         "ids": np.array(table["id"].cast("binary").to_pylist(), "S"),
         "kinds": kinds,
-        "starts": start + np.concatenate([[0], ends]),
+        "starts": start + starts,
         "words": np.stack(words, axis=1).astype(np.int32),
         "prints": prints,
     }
@@ -131,6 +131,14 @@ def duplicate_texts(table: pa.Table) -> pa.Array:
     return pc.binary_join_element_wise(*columns, " ", null_handling="skip")
 
 
+def line_starts(data: bytes) -> np.ndarray:
+    """Where each line begins, and the end of the data. Shape (lines + 1,), int64."""
+    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")) + 1
+    if not data.endswith(b"\n"):
+        ends = np.append(ends, len(data))
+    return np.concatenate([[0], ends])
+
+
 def read_lines(path: Path, starts: np.ndarray, places: np.ndarray) -> bytes:
     """The lines at ascending places."""
     file = os.open(path, os.O_RDONLY)
@@ -142,3 +150,27 @@ def read_lines(path: Path, starts: np.ndarray, places: np.ndarray) -> bytes:
     finally:
         os.close(file)
     return b"".join(line if line.endswith(b"\n") else line + b"\n" for line in lines)
+
+
+def copy_lines(path: Path, kept_path: Path, starts: np.ndarray, is_kept: np.ndarray) -> None:
+    """Copy the kept lines, unchanged, in runs of neighbours.
+
+    Args:
+        path: a text file.
+        kept_path: is replaced, in one step.
+        starts: Shape (lines + 1,), byte where each line begins, and the end of the file.
+        is_kept: Shape (lines,), bool.
+    """
+    turns = np.flatnonzero(np.diff(np.concatenate([[False], is_kept, [False]]).astype(np.int8)))
+
+    def copy(target: BinaryIO) -> None:
+        with path.open("rb") as source:
+            for first, last in turns.reshape(-1, 2):
+                start, stop = int(starts[first]), int(starts[last])
+                source.seek(start)
+                while start < stop:
+                    data = source.read(min(COPY_BYTES, stop - start))
+                    target.write(data)
+                    start += len(data)
+
+    replace_file(kept_path, copy)

@@ -52,7 +52,7 @@ class VllmEngine:
                 self._llm = _load(model_dir, batch_size, is_cpu=True, key=key)
             else:
                 with tempfile.TemporaryDirectory() as merged:
-                    _merge(model_dir, adapter_dir, merged)
+                    merge_adapter(model_dir, adapter_dir, merged)
                     self._llm = _load(merged, batch_size, is_cpu=True, key=key)
         self.tokenizer = self._llm.get_tokenizer()
 
@@ -66,7 +66,7 @@ class VllmEngine:
         prompts = [render_chat(self.tokenizer, request.messages) for request in batch]
         outputs = self._llm.generate(
             prompts,
-            [_sampling(request) for request in batch],
+            [sampling_of(request) for request in batch],
             lora_request=self._lora,
             use_tqdm=False,
         )
@@ -98,6 +98,12 @@ def unload() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def load_model(model_dir: Path | str, batch_size: int) -> object:
+    """The bare ``vllm.LLM`` that an engine over this base would load."""
+    is_cpu = device_and_dtype()[0] != "cuda"
+    return _load(model_dir, batch_size, is_cpu=is_cpu, key=f"{model_dir}|None|{batch_size}")
 
 
 def _load(model_dir: Path | str, batch_size: int, *, is_cpu: bool, key: str) -> object:
@@ -137,7 +143,8 @@ def _lora_request(adapter_dir: Path) -> object:
     return LoRARequest(Path(adapter_dir).parent.parent.name, number, str(adapter_dir))
 
 
-def _merge(model_dir: Path | str, adapter_dir: Path, target: str) -> None:
+def merge_adapter(model_dir: Path | str, adapter_dir: Path, target: str) -> None:
+    """Write a copy of the model with a LoRA adapter merged into it, float32."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -146,7 +153,8 @@ def _merge(model_dir: Path | str, adapter_dir: Path, target: str) -> None:
     AutoTokenizer.from_pretrained(model_dir).save_pretrained(target)
 
 
-def _sampling(request: Request) -> object:
+def sampling_of(request: Request) -> object:
+    """vllm's SamplingParams for a request."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 

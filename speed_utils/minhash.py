@@ -35,7 +35,7 @@ def signatures(
 
     Returns:
         Shape (texts, n_permutations), uint32: what ``datasketch.MinHash.update_batch`` gives with
-        ``shingle_hash`` as its hash function and the same seed.
+        the low 32 bits of ``shingle_hash`` as its hash function and the same seed.
     """
     out = np.empty((len(texts), n_permutations), np.uint32)
     _sign(*_buffers(texts), *permutations(n_permutations), n_words, out)
@@ -118,7 +118,7 @@ def jaccards(
 
 
 def shingle_hash(shingle: bytes) -> int:
-    """The 32 bits of a shingle (its words joined by blanks) that the permutations start from."""
+    """The 64-bit hash of a shingle, its words joined by blanks; permutations take the low half."""
     hashed = _START
     with np.errstate(over="ignore"):
         for word in shingle.split():
@@ -127,7 +127,7 @@ def shingle_hash(shingle: bytes) -> int:
                 value = (value ^ np.uint64(byte)) * _FNV_PRIME
             hashed = (hashed ^ value) * _MIX
             hashed ^= hashed >> np.uint64(32)
-    return int(hashed & np.uint64(0xFFFFFFFF))
+    return int(hashed)
 
 
 def _buffers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:

