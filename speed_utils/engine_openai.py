@@ -77,6 +77,7 @@ class OpenAIEngine:
         self._usd_before = self._budget.usd
         self._timeout = timeout
         self.is_stopped = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # while requests are under way
         self._forms = ["json_schema", "json_object", "none"]  # of the answer; the first is tried
         self._renamed: dict[str, str | None] = {}  # parameters that the server wants otherwise
 
@@ -95,7 +96,7 @@ class OpenAIEngine:
         # The loop runs in a thread of its own, so that it works in Jupyter (whose thread has a
         # running loop) and so that answers go on arriving while the last one is written to disk.
         answers: queue.SimpleQueue = queue.SimpleQueue()
-        loop = asyncio.new_event_loop()
+        loop = self._loop = asyncio.new_event_loop()
         task = loop.create_task(self._ask_all(batch, answers))
         thread = threading.Thread(target=_run_loop, args=(loop, task, answers), daemon=True)
         thread.start()
@@ -107,6 +108,7 @@ class OpenAIEngine:
             raise
         finally:
             thread.join()
+            self._loop = None
             loop.close()
         failure = task.exception()
         if failure is not None:
@@ -115,6 +117,8 @@ class OpenAIEngine:
     def stop(self) -> None:
         """Start no further request; what is under way is still waited for, and yielded."""
         self.is_stopped = True
+        if self._loop is not None:  # what waits for its turn must see it now
+            self._loop.call_soon_threadsafe(self.pace.end_wait)
 
     def close(self) -> None:
         """Nothing to free."""
@@ -182,7 +186,10 @@ class OpenAIEngine:
         rng = random.Random(f"{request.id}|{request.seed}|{len(talk)}")
         why = ""
         for n_tries in range(1, TRIES_MAX + 1):
-            completion = None
+            completion, may_be_billed = None, False
+            if self.is_stopped:
+                why = why or "stopped before it was asked"
+                break
             async with self.pace.turn() as began:
                 if self.is_stopped:
                     why = why or "stopped before it was asked"
@@ -203,6 +210,7 @@ class OpenAIEngine:
                     if error.status_code not in RETRIED_STATUS and error.status_code < 500:
                         break
                 except (openai.APIConnectionError, TimeoutError) as error:
+                    may_be_billed = isinstance(error, openai.APITimeoutError | TimeoutError)
                     why = f"{type(error).__name__}: {error.__cause__ or error}"
                     why = hide_key(why, self.key)
                     self.pace.failed(began, why[:200])
@@ -213,7 +221,7 @@ class OpenAIEngine:
                     why = hide_key(f"unreadable body: {error}", self.key)
                     self.pace.failed(began, why[:200])
                 finally:
-                    self._budget.settle(reserved, completion)
+                    self._budget.settle(reserved, completion, may_be_billed=may_be_billed)
             if n_tries < TRIES_MAX:
                 await asyncio.sleep(backoff_seconds(n_tries, rng))
         text = f"no answer after {n_tries} tries: {why[:200]}"

@@ -172,12 +172,20 @@ class Budget:
         """Whether calls are under way that may cost less than was set aside for them."""
         return self._reserved_calls > 0
 
-    def settle(self, reserved_usd: float, completion: Completion | None) -> None:
-        """Replace a reservation by what the call cost; None when it was not answered."""
+    def settle(
+        self, reserved_usd: float, completion: Completion | None, *, may_be_billed: bool = False
+    ) -> None:
+        """Replace a reservation by what the call cost; None when it was not answered.
+
+        A call that may be billed although its answer never came counts with all that was reserved.
+        """
         self._reserved_calls -= 1
         self._reserved_usd -= reserved_usd
         if completion is not None:
             self.spend(completion)
+        elif may_be_billed:
+            self.calls += 1
+            self.usd += reserved_usd
 
     def spend(self, completion: Completion) -> None:
         """Count an answer that nothing was reserved for."""

@@ -106,6 +106,11 @@ class Pace:
         self._why = why
         self._changed.set()
 
+    def end_wait(self) -> None:
+        """Forget a Retry-After: whoever waited for it has other reasons to go on, or none."""
+        self._open_at = time.monotonic()
+        self._changed.set()
+
     def _raise_if_broken(self) -> None:
         n_bad = max(self._failures, self._refusals // REFUSALS_PER_FAILURE)
         if n_bad >= self.failures_max:

@@ -58,6 +58,7 @@ from speed_utils.records import (
     record_id,
 )
 from speed_utils.settings import ROOT_DIR
+from speed_utils.shards import current_shard
 
 TEACHER_DIR = ROOT_DIR / "data" / "teacher"
 BRAINSTORMED_KINDS = tuple(kind for kind in KINDS if kind != "sts")
@@ -96,7 +97,9 @@ def open_teacher(teacher: str, run_dir: Path | None = None) -> Engine:
         raise EngineError("openai-batch needs a run folder, where it notes what it sent")
     from speed_utils.engine_openai_batch import OpenAIBatchEngine
 
-    state_path = run_dir / "teacher_batches.jsonl"
+    shard = current_shard()
+    part = f"-{shard.name}" if shard else ""
+    state_path = run_dir / f"teacher_batches{part}.jsonl"  # of one process each
     return OpenAIBatchEngine(model=model, base_url=base_url, state_path=state_path, budget=budget)
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -262,3 +263,28 @@ def test_a_key_is_needed_elsewhere_and_not_on_this_machine(monkeypatch):
     with pytest.raises(EngineError, match="OPENAI_API_KEY"):
         OpenAIEngine(model="gpt-4o")
     OpenAIEngine(model="m", base_url="http://127.0.0.1:1/v1")
+
+
+def test_a_call_that_timed_out_may_be_billed_and_counts(serve, tmp_path):
+    server = serve(script={"question 0": ["timeout"]})
+    budget = Budget(calls=9, usd=1.0, price=PRICE)
+    engine = engine_for(server, timeout=0.3, budget=budget)
+    answer = generate(requests_for(1), engine, tmp_path / "s.jsonl")[0]
+    assert answer.finish_reason == "stop" and budget.calls == 2
+    once = PRICE.usd(answer.prompt_tokens, answer.completion_tokens)
+    assert budget.usd > once  # the worst case of the lost one on top
+
+
+def test_a_stop_does_not_wait_for_a_long_retry_after(serve, tmp_path, monkeypatch):
+    server = serve()
+    handler = server.http.RequestHandlerClass
+    body = {"error": {"message": "busy"}}
+    refuse = lambda self, _body: self._json(429, body, {"Retry-After": "100"})  # noqa: E731
+    monkeypatch.setattr(handler, "_chat", refuse)
+    engine = engine_for(server)
+    timer = threading.Timer(1.0, engine.stop)
+    timer.start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        generate(requests_for(4), engine, tmp_path / "s.jsonl")
+    assert time.monotonic() - started < 20
