@@ -4,7 +4,8 @@
 
 Each shard is the command that a person would type (``run --only STAGE --shard I/N``), so store and
 result are those of one process. A task whose worker died is started again, and goes on from the
-shard's store. All machines share the file system and the environment.
+shard's store. All machines share the file system and the Python environment; a teacher's key is
+exported where each machine's `ray start` is typed, since none is sent over the network.
 
 Paper: not stated; ours. Ray is optional: pip install "ray>=2.60,<3".
 """
@@ -26,7 +27,11 @@ from speed_utils.settings import ROOT_DIR
 from speed_utils.shards import SHARDED_STAGES
 from speed_utils.study import StudyError, run_study
 
-WAIT_SECONDS = 5.0  # until a shard is asked for again that its dead worker's kernel still holds
+WAIT_SECONDS = 5.0  # until a shard is tried again that its dead worker's kernel still holds
+WAIT_SECONDS_MAX = 300.0  # after which somebody else must hold it
+FORWARDED = ("SPEED_CACHE", "SPEED_PRICES", "HF_ENDPOINT", "HF_HOME")  # never a key
+GENERATING_STAGES = ("05_build_preferences", "07_write_revisions", "09_synthesize")
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not loaded after a fork
 BUSY_SIGNS = ("is being executed by process", "is being written by another process")
 
 
@@ -74,24 +79,26 @@ def run_on_ray(
 
 
 def _run_shards(ray: object, stage: str, arguments: list[str], n_shards: int) -> None:
-    has_gpu = ray.cluster_resources().get("GPU", 0) >= 1
+    has_gpu = stage in GENERATING_STAGES and ray.cluster_resources().get("GPU", 0) >= 1
     needs = {"num_gpus": 1} if has_gpu else {"num_cpus": 1}
-    outputs = str(runs.outputs_dir())
-    task = ray.remote(max_retries=TRIES, **needs)(run_shard)
+    environment = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    environment["SPEED_OUTPUTS"] = str(runs.outputs_dir())
+    task = ray.remote(max_retries=TRIES, scheduling_strategy="SPREAD", **needs)(run_shard)
     commands = [
         [*arguments, "--only", stage, "--shard", f"{i}/{n_shards}"] for i in range(n_shards)
     ]
     print(f"  {stage:24s} {n_shards} shards on the cluster", flush=True)
-    failures = [text for text in ray.get([task.remote(c, outputs) for c in commands]) if text]
+    failures = [text for text in ray.get([task.remote(c, environment) for c in commands]) if text]
     if failures:
         raise StudyError(f"{len(failures)} of {n_shards} shards of {stage} failed\n{failures[0]}")
 
 
-def run_shard(arguments: list[str], outputs: str) -> str:
+def run_shard(arguments: list[str], environment: dict[str, str]) -> str:
     """Execute one shard's command on the machine of this worker; empty, or why it failed."""
     command = [sys.executable, "-m", "speed_utils", "run", *arguments]
-    environment = {**os.environ, "SPEED_OUTPUTS": outputs}
+    environment = {**os.environ, **environment}
     environment.pop("OMP_NUM_THREADS", None)  # Ray's; the shard may use its machine
+    deadline = time.monotonic() + WAIT_SECONDS_MAX
     while True:
         done = subprocess.run(
             command,
@@ -103,12 +110,13 @@ def run_shard(arguments: list[str], outputs: str) -> str:
         )
         if done.returncode == 0 or "nothing is left for shard" in done.stderr:
             return ""
-        if not any(sign in done.stderr for sign in BUSY_SIGNS):
+        is_busy = any(sign in done.stderr for sign in BUSY_SIGNS)
+        if not is_busy or time.monotonic() > deadline:
             return done.stderr[-2000:]
         time.sleep(WAIT_SECONDS)
 
 
 def _die_with_parent() -> None:
     """Ask Linux to kill this process when its worker dies: nobody would wait for it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if _LIBC is not None:
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -31,6 +31,7 @@ from speed_utils.training import (
     use_text_progress,
 )
 
+SCHEDULES = {"linear": "linear", "constant": "constant_with_warmup"}  # ours to transformers'
 QUERY_TEMPLATE = "Instruct: {task}\nQuery: {query}"  # on the query side only (Section 3.3)
 
 
@@ -39,11 +40,13 @@ class EmbedderPlan:
     """How the embedder is trained.
 
     Attributes:
-        learning_rate: peak, decayed linearly after the warm-up.
+        learning_rate: peak, reached after the warm-up.
         epochs: passes over the data; fractions are allowed.
         batch_size: examples per step; each is the others' negative.
         mini_batch_size: of these, how many are in memory at once (cached loss).
         temperature: tau of Eq. 4.
+        schedule: of the learning rate after the warm-up: "linear" decay to zero, or "constant"
+            where a few dozen steps leave no time for a decay.
         tokens_max: of a query or document, EOS included; longer ones are cut.
         lora_rank: rank of the adapters on all linear layers; alpha is twice the rank.
         homogeneous_batches: batches of one kind; else triplets are mixed, and pairs are mixed.
@@ -55,10 +58,16 @@ class EmbedderPlan:
     batch_size: int
     mini_batch_size: int = 16
     temperature: float = 0.02
+    schedule: str = "linear"
     tokens_max: int = 512
     lora_rank: int = 16
     homogeneous_batches: bool = False
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        """Refuse a schedule that there is not."""
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule {self.schedule!r} is none of {', '.join(SCHEDULES)}")
 
 
 @dataclass(frozen=True)
@@ -259,7 +268,7 @@ def _trainer(model: object, rows: dict, out_dir: Path, plan: EmbedderPlan) -> ob
         learning_rate=plan.learning_rate,
         num_train_epochs=plan.epochs,
         per_device_train_batch_size=plan.batch_size,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=SCHEDULES[plan.schedule],
         warmup_steps=min(100, max(1, int(n_steps) // 10)),
         batch_sampler="no_duplicates",  # equal labels in one batch would be false negatives
         multi_dataset_batch_sampler="proportional",

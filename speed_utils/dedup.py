@@ -1,7 +1,7 @@
 """Near-duplicate removal: MinHash LSH proposes pairs, exact Jaccard decides, a million at a time.
 
 Reads examples as JSON Lines, writes the kept lines as they were, and why each other one was left
-out. The input is read in blocks, so memory does not grow with it.
+out. Texts are read in blocks; of each example about 200 bytes stay in memory.
 
     result = deduplicate_file(raw_path, dataset_path, removed_path, DedupPlan(threshold=0.7))
     result.n_kept, result.statistics
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 SHINGLE_WORDS = 5
 LSH_SLACK = 0.15  # LSH proposes from this much below the threshold: it loses fewer, Jaccard decides
 BLOCK_BYTES_MAX = 64 * 2**20  # of the input, read at once
-DOCUMENT_BYTES = 512  # of memory for each later example whose pairs are read at once
-PAIR_BYTES = 2**14  # of memory for each pair that is verified at once: two texts, several times
+VERIFY_BYTES_MAX = 2**29  # of lines that are verified at once; Arrow's arrays end at 2 GiB
 
 Mapper = Callable[[Callable, Iterable], Iterable]
 
@@ -47,7 +46,7 @@ class DedupPlan:
         threshold: Jaccard similarity of word 5-grams from which on two are duplicates, (0, 1].
         n_permutations: of the MinHash.
         is_verified: whether exact Jaccard decides each proposed pair; without, LSH decides.
-        memory_gib: what blocks and partitions are sized for, beside the libraries' own memory.
+        memory_gib: what blocks and verified pairs are sized for, beside 200 bytes an example.
     """
 
     threshold: float = 0.7
@@ -195,14 +194,14 @@ def deduplicate_file(
     repeated = index.repeated_id()
     if repeated is not None:
         raise RecordError(f"{path}: the id {repeated!r} occurs twice; ids must be distinct")
-    n_documents = max(2**12, memory_bytes // DOCUMENT_BYTES)
-    partitions = join.write_pairs(index, blocks, plan.bands()[0], work_dir, n_documents)
+    bands = join.write_bands(index, blocks, plan.bands()[0], work_dir)
     marks = join.Marks(len(index.order))
     n_candidates = 0
-    for pairs in join.read_pairs(partitions, max(2**12, memory_bytes // PAIR_BYTES)):
-        similarity = _similarities(path, index, pairs) if plan.is_verified else None
-        marks.add(pairs, similarity, plan.threshold)
-        n_candidates += len(pairs)
+    for candidates in join.rounds(index, bands, marks):
+        n_candidates += len(candidates)
+        for pairs in join.in_parts(candidates, index, min(VERIFY_BYTES_MAX, memory_bytes // 12)):
+            similarity = _similarities(path, index, pairs) if plan.is_verified else None
+            marks.add(pairs, similarity, plan.threshold)
     marks.add_copies(index.first)
     is_kept = marks.is_kept(index.order)
     copy_lines(path, kept_path, index.starts, is_kept)
@@ -215,11 +214,14 @@ def deduplicate_file(
 
 def _work_dir(path: Path, kept_path: Path, plan: DedupPlan) -> Path:
     """The folder of finished blocks, named by all that decides them; those of others go."""
+    from speed_utils import dedup_blocks, minhash
+
     stat = path.stat()
-    parts = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, *astuple(plan)]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-    folder = kept_path.with_name(f".{kept_path.name}.{key}")
-    for other in kept_path.parent.glob(f".{kept_path.name}.*"):
+    code = [Path(module.__file__).read_text() for module in (dedup_blocks, minhash)]
+    parts = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, *astuple(plan), plan.bands()]
+    key = hashlib.sha256(json.dumps([*parts, BLOCK_BYTES_MAX, code]).encode()).hexdigest()[:12]
+    folder = kept_path.with_name(f".{kept_path.name}.{key}.blocks")
+    for other in kept_path.parent.glob(f".{kept_path.name}.*.blocks"):
         if other != folder:
             shutil.rmtree(other)
     folder.mkdir(parents=True, exist_ok=True)

@@ -62,19 +62,11 @@ def sign_block(
     Raises:
         RecordError: a line is not an Example.
     """
-    number, (start, stop) = item
+    number, span = item
     block = work_dir / f"{number:05d}.npz"
-    if block.is_file():
+    if block.is_file() and bands_path(block).is_file():
         return block
-    with path.open("rb") as file:
-        file.seek(start)
-        data = file.read(stop - start)
-    table = parse_lines(data, str(path))
-    starts = line_starts(data)
-    if len(starts) - 1 != len(table):
-        raise RecordError(
-            f"{path}: {len(starts) - 1} lines hold {len(table)} records; remove empty lines"
-        )
+    table, starts = read_block(path, *span)
     kinds = pc.index_in(table["kind"].combine_chunks(), pa.array(KINDS, pa.string()))
     if kinds.null_count:
         raise RecordError(f"{path}: a record has an unknown kind; one of {', '.join(KINDS)}")
@@ -90,7 +82,7 @@ def sign_block(
     notes = {
         "ids": np.array(table["id"].cast("binary").to_pylist(), "S"),
         "kinds": kinds,
-        "starts": start + starts,
+        "starts": starts,
         "words": np.stack(words, axis=1).astype(np.int32),
         "prints": prints,
     }
@@ -102,6 +94,23 @@ def sign_block(
 def bands_path(block: Path) -> Path:
     """Where a block keeps the hashes of its bands, shape (bands, examples)."""
     return block.with_name(f"{block.stem}-bands.npy")
+
+
+def read_block(path: Path, start: int, stop: int) -> tuple[pa.Table, np.ndarray]:
+    """The records of a byte range, and where in the file each begins (and the last one ends).
+
+    Raises:
+        RecordError: a line is not an Example, or empty.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read(stop - start)
+    table, starts = parse_lines(data, str(path)), line_starts(data)
+    if len(starts) - 1 != len(table):
+        raise RecordError(
+            f"{path}: {len(starts) - 1} lines hold {len(table)} records; remove empty lines"
+        )
+    return table, start + starts
 
 
 def parse_lines(data: bytes, where: str) -> pa.Table:
@@ -127,7 +136,6 @@ def parse_lines(data: bytes, where: str) -> pa.Table:
 def duplicate_texts(table: pa.Table) -> pa.Array:
     """dedup.duplicate_text of each row."""
     columns = [table[name].combine_chunks() for name in TEXT_FIELDS]
-    columns[2] = pc.if_else(pc.equal(columns[2], ""), None, columns[2])
     return pc.binary_join_element_wise(*columns, " ", null_handling="skip")
 
 

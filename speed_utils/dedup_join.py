@@ -1,13 +1,17 @@
-"""From signed blocks to what is kept: candidate pairs on disk, verified pairs to decisions.
+"""From signed blocks to what is kept: candidate pairs in rounds, verified pairs to decisions.
 
 Examples are named by their rank: the place of their id among all ids, so that a smaller rank is an
 earlier example. A pair is one number, later rank above earlier rank, and sorts by the later one.
 
+Each round doubles the examples that are decided. What repeats a kept example of an earlier round
+is gone before the round's own pairs are made: thousands of near-copies cost no square of pairs.
+
     index = read_index(blocks)
-    partitions = write_pairs(index, blocks, n_bands, work_dir, n_documents)
+    bands = write_bands(index, blocks, n_bands, work_dir)
     marks = Marks(len(index.order))
-    for pairs in read_pairs(partitions, n_pairs):
-        marks.add(pairs, similarities, threshold)
+    for candidates in rounds(index, bands, marks):
+        for pairs in in_parts(candidates, index, n_bytes):
+            marks.add(pairs, similarities, threshold)
 
 Paper: not stated; ours, because a million examples have more pairs than memory.
 """
@@ -25,7 +29,8 @@ from speed_utils.dedup_blocks import bands_path
 
 RANK_BITS = np.uint64(32)
 LOW_BITS = np.uint64(0xFFFFFFFF)
-PAIRS_AT_ONCE = 2**22  # candidate pairs in memory while they are written
+FIRST_ROUND = 1024  # examples; a constant, so that the same pairs decide on every machine
+PAIRS_AT_ONCE = 2**23  # candidate pairs, repeated ones among them, before they are thinned
 
 
 @dataclass(frozen=True)
@@ -73,47 +78,45 @@ def read_index(blocks: Sequence[Path]) -> Index:
     )
 
 
-def write_pairs(
-    index: Index, blocks: Sequence[Path], n_bands: int, work_dir: Path, n_documents: int
-) -> list[Path]:
-    """Write the candidate pairs of every band, split by the later example.
-
-    Of examples with the same text only the first takes part: what it matches, they match.
-
-    Args:
-        index: of all blocks.
-        blocks: their files.
-        n_bands: bands that each block holds.
-        work_dir: receives the files; those of an earlier try are replaced.
-        n_documents: later examples in one file.
-
-    Returns:
-        The files, in order of the later example.
-    """
-    n_files = max(1, -(-len(index.order) // n_documents))
-    paths = [work_dir / f"pairs-{number:05d}.bin" for number in range(n_files)]
-    for path in paths:
-        path.write_bytes(b"")
-    unique = np.flatnonzero(index.first == np.arange(len(index.first))).astype(np.uint64)
+def write_bands(index: Index, blocks: Sequence[Path], n_bands: int, work_dir: Path) -> list[Path]:
+    """Write the hashes of each band in order of rank, a file a band. Shape (examples,), uint64."""
+    paths = []
     for band in range(n_bands):
-        hashes = _joined(
-            [np.load(bands_path(block), mmap_mode="r")[band] for block in blocks],
-            np.empty(0, np.uint64),
-        )
-        for pairs in _bucket_pairs(hashes[index.order][unique], unique):
-            numbers = (pairs >> RANK_BITS).astype(np.int64) // n_documents
-            for number in np.unique(numbers):
-                with paths[number].open("ab") as file:
-                    pairs[numbers == number].tofile(file)
+        parts = [np.load(bands_path(block), mmap_mode="r")[band] for block in blocks]
+        path = work_dir / f"band-{band:03d}.npy"
+        np.save(path, _joined(parts, np.empty(0, np.uint64))[index.order])
+        paths.append(path)
     return paths
 
 
-def read_pairs(paths: Sequence[Path], n_pairs: int) -> Iterator[np.ndarray]:
-    """Distinct pairs, ascending over all files, at most ``n_pairs`` at a time."""
-    for path in paths:
-        pairs = np.unique(np.fromfile(path, np.uint64))
-        for start in range(0, len(pairs), n_pairs):
-            yield pairs[start : start + n_pairs]
+def rounds(index: Index, bands: Sequence[Path], marks: Marks) -> Iterator[np.ndarray]:
+    """Candidate pairs, ascending and distinct, round by round; mark them before the next.
+
+    Of examples with the same text only the first takes part: what it matches, they match.
+    """
+    n_examples = len(index.order)
+    takes_part = index.first == np.arange(n_examples)
+    start, stop = 0, min(FIRST_ROUND, n_examples)
+    while start < n_examples:
+        for is_across in (True, False) if start else (False,):
+            lowest = 0 if is_across else start
+            chosen = takes_part[lowest:stop] & (marks.duplicate_of[lowest:stop] < 0)
+            ranks = lowest + np.flatnonzero(chosen)
+            yield _candidates(bands, ranks, start if is_across else None)
+        start, stop = stop, min(2 * stop, n_examples)
+
+
+def in_parts(pairs: np.ndarray, index: Index, n_bytes: int) -> Iterator[np.ndarray]:
+    """Cut pairs so that the lines of a part have about ``n_bytes`` at most (or it is one pair)."""
+    lengths = np.diff(index.starts)[index.order]
+    earlier, later = split_pairs(pairs)
+    ends = np.cumsum(lengths[earlier] + lengths[later])
+    start = 0
+    while start < len(pairs):
+        done = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, done + n_bytes, "right")))
+        yield pairs[start:stop]
+        start = stop
 
 
 def split_pairs(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +137,7 @@ class Marks:
         self.similarity = np.full(n_examples, np.nan)
 
     def add(self, pairs: np.ndarray, similarity: np.ndarray | None, threshold: float) -> None:
-        """Decide by pairs that come in ascending order, over all calls.
+        """Decide by the pairs of a round, which come in ascending order over its calls.
 
         When the later example of a pair comes up, all pairs of the earlier one have been seen: it
         is known whether that one is kept, and only a kept one removes others.
@@ -181,36 +184,55 @@ def _first_of_same(prints: np.ndarray) -> np.ndarray:
     return first
 
 
-def _bucket_pairs(hashes: np.ndarray, ranks: np.ndarray) -> Iterator[np.ndarray]:
-    """All pairs of examples of equal hash; ``ranks`` ascend."""
-    n = np.uint64(len(hashes))
-    bits = np.uint64(max(1, int(n).bit_length()))
-    keys = (hashes >> bits << bits) | np.arange(n, dtype=np.uint64)
+def _candidates(bands: Sequence[Path], ranks: np.ndarray, start: int | None) -> np.ndarray:
+    """Pairs that share a band's hash, distinct and ascending.
+
+    Args:
+        bands: as write_bands gives them.
+        ranks: of the examples that take part, ascending.
+        start: only pairs of a rank below it and one from it on; None for all pairs.
+    """
+    found = [np.empty(0, np.uint64)]
+    for path in bands:
+        hashes = np.load(path, mmap_mode="r")[ranks]
+        found.append(_bucket_pairs(hashes, ranks, start))
+        if sum(map(len, found)) > PAIRS_AT_ONCE:
+            found = [np.unique(np.concatenate(found))]
+    return np.unique(np.concatenate(found))
+
+
+def _bucket_pairs(hashes: np.ndarray, ranks: np.ndarray, start: int | None) -> np.ndarray:
+    """Pairs of examples of equal hash; ``ranks`` ascend."""
+    bits = np.uint64(max(1, len(hashes).bit_length()))
+    keys = (hashes >> bits << bits) | np.arange(len(hashes), dtype=np.uint64)
     keys.sort()  # by hash, then by rank; much faster than argsort
     places = (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
     edges = np.flatnonzero(np.diff(keys >> bits)) + 1
-    bounds = np.concatenate([[0], edges, [len(keys)]])
-    n_later = np.repeat(bounds[1:], np.diff(bounds)) - np.arange(len(keys)) - 1
-    members = np.flatnonzero(n_later)  # places in the sorted order that have later ones
-    totals = np.cumsum(n_later[members])
-    start = 0
-    while start < len(members):
-        done = totals[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(totals, done + PAIRS_AT_ONCE, "right")))
-        chosen = members[start:stop]
-        out = np.empty(int(totals[stop - 1] - done), np.uint64)
-        _fill_pairs(chosen, n_later[chosen], ranks[places], out)
-        yield out
-        start = stop
+    bounds = np.concatenate([[0], edges, [len(keys)]])[: len(edges) + 2 if len(keys) else 1]
+    sizes, ends = np.diff(bounds), np.repeat(bounds[1:], np.diff(bounds))
+    partners = np.arange(len(keys)) + 1  # where the later ones of each begin
+    if start is not None and len(keys):
+        is_old = ranks[places] < start
+        n_old = np.add.reduceat(is_old.astype(np.int64), bounds[:-1])
+        first_new = np.repeat(bounds[:-1] + n_old, sizes)
+        partners = np.where(is_old, first_new, ends)
+    out = np.empty(int((ends - partners).sum()), np.uint64)
+    _fill_pairs(partners, ends, ranks[places], out)
+    one, two = split_pairs(out)
+    # The sort saw only the upper bits of each hash.
+    return out[_at(hashes, ranks, one) == _at(hashes, ranks, two)]
+
+
+def _at(hashes: np.ndarray, ranks: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    return hashes[np.searchsorted(ranks, wanted)]
 
 
 @nb.njit(cache=True, nogil=True)
-def _fill_pairs(members, n_later, ranks, out):
+def _fill_pairs(partners, ends, ranks, out):
     place = 0
-    for k in range(len(members)):
-        member = members[k]
-        for other in range(member + 1, member + 1 + n_later[k]):
-            out[place] = (ranks[other] << RANK_BITS) | ranks[member]
+    for member in range(len(ends)):
+        for other in range(partners[member], ends[member]):
+            out[place] = (np.uint64(ranks[other]) << RANK_BITS) | np.uint64(ranks[member])
             place += 1
 
 

@@ -34,12 +34,15 @@ PACKAGES = {
 }
 
 
+ADVICE = {"vllm": "make setup-vllm", "ray": 'pip install "ray>=2.60,<3"'}
+
+
 def machine_report() -> list[dict[str, str]]:
     """One row per check: what, status (ok or missing), found, needed (always or for), advice."""
     rows = [_python_row(), _memory_row(), _disk_row(), _gpu_row()]
     for package, needed in PACKAGES.items():
         is_there = importlib.util.find_spec(package) is not None
-        advice = "make setup" if needed == "always" else "conda env create -f environment.yml"
+        advice = "make setup" if needed == "always" else ADVICE[package]
         rows.append(_row(package, is_there, "installed" if is_there else "-", needed, advice))
     key = bool(os.environ.get("OPENAI_API_KEY"))
     rows.append(

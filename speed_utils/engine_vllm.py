@@ -44,17 +44,17 @@ class VllmEngine:
         self.batch_size = batch_size
         self._lora = None
         if device == "cuda":
-            self._llm = _load(model_dir, batch_size, is_cpu=False, key=f"{model_dir}|{batch_size}")
+            self.llm = _load(model_dir, batch_size, is_cpu=False, key=f"{model_dir}|{batch_size}")
             self._lora = _lora_request(adapter_dir) if adapter_dir else None
         else:
             key = f"{model_dir}|{adapter_dir}|{batch_size}"
             if adapter_dir is None or key in _loaded:
-                self._llm = _load(model_dir, batch_size, is_cpu=True, key=key)
+                self.llm = _load(model_dir, batch_size, is_cpu=True, key=key)
             else:
                 with tempfile.TemporaryDirectory() as merged:
                     merge_adapter(model_dir, adapter_dir, merged)
-                    self._llm = _load(merged, batch_size, is_cpu=True, key=key)
-        self.tokenizer = self._llm.get_tokenizer()
+                    self.llm = _load(merged, batch_size, is_cpu=True, key=key)
+        self.tokenizer = self.llm.get_tokenizer()
 
     def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
         """Slices that keep the engine busy; vllm schedules within them."""
@@ -64,7 +64,7 @@ class VllmEngine:
     def complete(self, batch: Sequence[Request]) -> Iterator[Completion]:
         """Answer one batch."""
         prompts = [render_chat(self.tokenizer, request.messages) for request in batch]
-        outputs = self._llm.generate(
+        outputs = self.llm.generate(
             prompts,
             [sampling_of(request) for request in batch],
             lora_request=self._lora,
@@ -87,7 +87,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """Let go of the model, which stays loaded for the next engine over the same one."""
-        self._llm = None
+        self.llm = None
 
 
 def unload() -> None:

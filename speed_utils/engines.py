@@ -136,8 +136,7 @@ def choose_engine(name: str) -> str:
     has_vllm = importlib.util.find_spec("vllm") is not None
     if name == "vllm" and not has_vllm:
         raise EngineError(
-            "engine 'vllm' is not installed; create the GPU environment with "
-            "`conda env create -f environment.yml`, or set engine to 'transformers'"
+            "engine 'vllm' is not installed; run `make setup-vllm`, or set engine to 'transformers'"
         )
     if name != "auto":
         return name

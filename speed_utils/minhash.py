@@ -82,8 +82,7 @@ def shingle_sets(texts: pa.Array, n_words: int = SHINGLE_WORDS) -> tuple[np.ndar
         text ``k`` has ``hashes[offsets[k]:offsets[k + 1]]``.
     """
     data, offsets = _buffers(texts)
-    lengths = np.empty(len(texts), np.int64)
-    _count_shingles(data, offsets, n_words, lengths)
+    lengths = np.maximum(count_words(texts) - n_words + 1, 1)
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     hashes = np.empty(bounds[-1], np.uint64)
     _fill_shingles(data, offsets, n_words, bounds, hashes, lengths)
@@ -256,13 +255,6 @@ def _count_words(data, offsets, out):
             count += inside and space
             inside = not space
         out[text] = count + inside
-
-
-@nb.njit(cache=True, nogil=True)
-def _count_shingles(data, offsets, n_words, out):
-    _count_words(data, offsets, out)
-    for text in range(len(out)):
-        out[text] = max(out[text] - n_words + 1, 1)
 
 
 @nb.njit(parallel=True, cache=True, nogil=True)

@@ -27,7 +27,7 @@ def ray_map() -> Callable[[Callable, Iterable], Iterable]:
         return map
     ray = connected_ray(address)
 
-    @ray.remote(max_retries=TRIES)
+    @ray.remote(max_retries=TRIES, scheduling_strategy="SPREAD")
     def apply(function: Callable, item: object) -> object:
         return function(item)
 

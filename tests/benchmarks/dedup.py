@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from queue import Empty
 
 ROOT_DIR = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT_DIR))
@@ -142,7 +143,13 @@ def _apart(function, *arguments) -> tuple[float, float] | None:
     queue = context.Queue()
     process = context.Process(target=_measured, args=(queue, function, *arguments))
     process.start()
-    result = queue.get()
+    while True:
+        try:
+            result = queue.get(timeout=5)
+            break
+        except Empty:
+            if not process.is_alive():
+                raise SystemExit(f"{function.__name__[1:]} died: {process.exitcode}") from None
     process.join()
     if isinstance(result, str):
         raise SystemExit(result)

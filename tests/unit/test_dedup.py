@@ -10,7 +10,7 @@ from datasketch import MinHash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speed_utils import dedup, dedup_blocks, minhash
+from speed_utils import dedup, dedup_blocks, dedup_join, minhash
 from speed_utils.dedup import (
     DedupPlan,
     closest_pair,
@@ -38,8 +38,8 @@ def many_examples(make_example, n=120, seed=0):
             text = rng.choices(words, k=60)
         texts.append(" ".join(text))
     return [
-        make_example(id=f"id{i:04d}", query=f"q{i}", positive=text, negative=None)
-        for i, text in enumerate(texts)
+        make_example(id=f"{rng.getrandbits(48):012x}", query="q", positive=text, negative=None)
+        for text in texts
     ]
 
 
@@ -146,16 +146,45 @@ def test_a_chain_is_cut_where_its_middle_was_removed(make_example):
 def test_neither_order_nor_blocks_nor_processes_matter(
     make_example, tmp_path, monkeypatch, is_verified
 ):
+    monkeypatch.setattr(dedup_join, "FIRST_ROUND", 16)
     examples = many_examples(make_example, n=300)
     plan = DedupPlan(is_verified=is_verified)
     kept, removals, _ = deduplicated(tmp_path, examples, plan)
-    assert removals and (removals[0]["jaccard"] is not None or not is_verified)
-    monkeypatch.setattr(dedup, "BLOCK_BYTES_MAX", 5_000)
-    monkeypatch.setattr(dedup, "DOCUMENT_BYTES", 2**24)  # several files of pairs
+    assert len(removals) > 20 and (removals[0]["jaccard"] is not None or not is_verified)
+    assert not is_verified or set(kept) >= brute_force(examples, plan.threshold)
     shuffled = random.Random(3).sample(examples, len(examples))
+    little = DedupPlan(is_verified=is_verified, memory_gib=1e-4)  # many blocks, parts of few pairs
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        again, others, _ = deduplicated(tmp_path, shuffled, plan, mapper=pool.map)
+        again, others, _ = deduplicated(tmp_path, shuffled, little, mapper=pool.map)
     assert set(again) == set(kept) and others == removals
+    assert len(list(dedup_blocks.block_spans(tmp_path / "raw.jsonl", 6710))) > 10
+
+
+def test_rounds_do_not_change_what_is_kept(make_example, tmp_path, monkeypatch):
+    examples = many_examples(make_example, n=300)
+    kept = deduplicated(tmp_path, examples)[0]
+    for first_round in (1, 7, 64):
+        monkeypatch.setattr(dedup_join, "FIRST_ROUND", first_round)
+        again, removals, _ = deduplicated(tmp_path, examples)
+        assert again == kept and {r["duplicate_of"] for r in removals} <= set(kept)
+
+
+def test_thousands_of_near_copies_cost_no_square_of_pairs(make_example, tmp_path, monkeypatch):
+    monkeypatch.setattr(dedup_join, "FIRST_ROUND", 16)
+    rng = random.Random(1)
+    words = [f"w{i}" for i in range(100)]
+    examples = [
+        make_example(
+            id=f"{rng.getrandbits(48):012x}",
+            query="q",
+            positive=" ".join([*words[:50], f"x{i}", *words[51:]]),
+            negative=None,
+        )
+        for i in range(2000)
+    ]
+    kept, removals, result = deduplicated(tmp_path, examples)
+    assert len(kept) == 1 and len(removals) == 1999
+    assert result.n_candidates < 3000  # all pairs would be two million
 
 
 def test_copies_repeat_what_their_first_repeats(make_example, tmp_path):
@@ -193,7 +222,24 @@ def test_what_was_signed_before_a_crash_is_not_signed_again(make_example, tmp_pa
     n_blocks = len(list(dedup_blocks.block_spans(raw, 2_000)))
     assert len(n_calls) == n_blocks + 1 and n_blocks > 5
     assert [e.id for e in read_records(outputs[0], Example)] == expected[0]
-    assert not list(tmp_path.glob(".kept*"))
+    assert not list(tmp_path.glob(".kept*.blocks"))
+
+
+def test_a_kill_while_it_tidies_up_does_not_block_the_next_run(make_example, tmp_path, monkeypatch):
+    examples = many_examples(make_example, n=30)
+
+    def dies_after_one(folder):
+        sorted(folder.glob("*-bands.npy"))[0].unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("speed_utils.dedup.shutil.rmtree", dies_after_one)
+        with pytest.raises(KeyboardInterrupt):
+            deduplicated(tmp_path, examples)
+    outputs = tmp_path / "kept.jsonl", tmp_path / "removed.jsonl"
+    (tmp_path / ".kept.jsonl.swp").write_text("of an editor")
+    result = deduplicate_file(tmp_path / "raw.jsonl", *outputs)
+    assert result.n_raw == 30 and (tmp_path / ".kept.jsonl.swp").exists()
 
 
 def test_kinds_never_match_each_other(make_example):

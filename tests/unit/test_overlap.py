@@ -1,12 +1,13 @@
 import json
 
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speed_utils import minhash, overlap
 from speed_utils.overlap import known_ngrams, ngrams, remove_overlap
-from speed_utils.records import Example, read_records, write_records
+from speed_utils.records import Example, RecordError, read_records, write_records
 
 EVALUATION = "It was the best of times, it was the worst of times: so he wrote, at least, that day."
 
@@ -68,8 +69,24 @@ def test_blocks_do_not_matter(make_example, tmp_path, monkeypatch):
 
 
 def test_nothing_is_removed_without_evaluation_texts(make_example, tmp_path):
-    kept, rows, result = removed(tmp_path, [make_example(id="a")], {"e": ["short", ""]})
-    assert (kept, rows, result.n_removed) == (["a"], [], 0)
+    examples = [make_example(id="a")]
+    for texts in ({"e": ["short", ""]}, {}):
+        kept, rows, result = removed(tmp_path, examples, texts)
+        assert (kept, rows, result.n_removed) == (["a"], [], 0)
+
+
+@pytest.mark.parametrize("sign", ["\u00a0", " \u200b", " «", "\u2011", "_", "... "])
+def test_no_sign_hides_a_copy(make_example, tmp_path, sign):
+    copied = EVALUATION.replace(" best", f"{sign}best").replace(" so", f"{sign}so")
+    assert removed(tmp_path, [make_example(id="a", positive=copied)], {"e": [EVALUATION]})[0] == []
+
+
+def test_an_empty_line_is_refused_before_anything_is_mixed_up(make_example, tmp_path):
+    raw = tmp_path / "raw.jsonl"
+    rows = [make_example(id=name).to_json() for name in "ab"]
+    raw.write_text("\n\n".join(rows) + "\n")
+    with pytest.raises(RecordError, match="empty lines"):
+        remove_overlap(raw, tmp_path / "k", tmp_path / "r", known_ngrams({"e": [EVALUATION]}))
 
 
 @settings(max_examples=50, deadline=None)

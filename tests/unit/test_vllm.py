@@ -5,6 +5,7 @@ Slow: python -m pytest -m slow tests/unit/test_vllm.py (make setup-vllm first).
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -63,23 +64,24 @@ def server(tmp_path_factory):
         command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )
     base_url = f"http://127.0.0.1:{port}/v1"
-    deadline = time.time() + START_SECONDS
-    while time.time() < deadline:
-        if process.poll() is not None:
-            break
-        try:
-            urllib.request.urlopen(f"{base_url}/models", timeout=2)
-            yield base_url
-            break
-        except (urllib.error.URLError, OSError):
+    try:
+        deadline = time.time() + START_SECONDS
+        while not _answers(base_url):
+            if process.poll() is not None or time.time() > deadline:
+                log.seek(0)
+                pytest.fail(f"vllm serve did not answer: {log.read()[-3000:]}")
             time.sleep(1)
-    else:
-        log.seek(0)
-        pytest.fail(f"vllm serve did not answer: {log.read()[-3000:]}")
-    if process.poll() is not None:
-        log.seek(0)
-        pytest.fail(f"vllm serve ended: {log.read()[-3000:]}")
-    os.killpg(process.pid, 9)
+        yield base_url
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _answers(base_url):
+    try:
+        urllib.request.urlopen(f"{base_url}/models", timeout=2)
+    except (urllib.error.URLError, OSError):
+        return False
+    return True
 
 
 def test_a_server_generates_what_the_schema_allows(server, tmp_path, monkeypatch):
@@ -145,7 +147,7 @@ def test_both_engines_accept_and_reject_the_same_texts(engine, kind):
 
     prompt = next(p for p in prompts(10) if p.kind == kind)
     schema = bounded_schema(prompt)
-    config: VllmConfig = engine.vllm_config
+    config: VllmConfig = engine.llm.llm_engine.vllm_config
     backend = GuidanceBackend(config, engine.tokenizer, len(engine.tokenizer))
     keys = list(schema["properties"])
     fine = {key: f"text for {key}" for key in keys}
