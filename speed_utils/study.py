@@ -249,7 +249,7 @@ def _execute(stage: str, executed: Path, parameters: dict[str, object]) -> None:
             kernel_name="python3",
             cwd=str(NOTEBOOKS_DIR),
             progress_bar=False,
-            extra_arguments=["--log-level=ERROR"],  # the kernel's own notices
+            extra_arguments=["--log-level=CRITICAL"],  # the kernel's own notices
             stderr_file=sys.stderr,  # progress bars of training and generation
             autosave_cell_every=SAVE_EVERY_SECONDS,
             # After Ctrl-C a kernel may wait for answers that are paid for.
