@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from speed_utils import runs, study
+from speed_utils.ray_tasks import ClusterError
 from speed_utils.settings import SettingsError, load_profile
 from speed_utils.shards import ShardError, parse_shard
 
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.action(options)
-    except (SettingsError, runs.RunError, ShardError) as error:
+    except (SettingsError, runs.RunError, ShardError, ClusterError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except study.StudyError as error:
@@ -55,22 +56,17 @@ def _run(options: argparse.Namespace) -> int:
 
 def _run_on_ray(options: argparse.Namespace) -> int:
     from speed_utils.cluster import run_on_ray
-    from speed_utils.ray_tasks import ClusterError
 
     if options.shard:
         raise ShardError("--ray makes the shards itself; say how many with --shards")
-    try:
-        folder = run_on_ray(
-            options.ray,
-            options.profile,
-            run=options.run,
-            n_shards=options.shards,
-            stages=study.selected_stages(options.from_stage, options.to_stage, options.only),
-            overrides=options.parameters,
-        )
-    except ClusterError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    folder = run_on_ray(
+        options.ray,
+        options.profile,
+        run=options.run,
+        n_shards=options.shards,
+        stages=study.selected_stages(options.from_stage, options.to_stage, options.only),
+        overrides=options.parameters,
+    )
     _print_scores(folder.name)
     return 0
 

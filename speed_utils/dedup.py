@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from speed_utils.dedup_join import Index, Marks
 
 SHINGLE_WORDS = 5
+N_PERMUTATIONS = 128
 LSH_SLACK = 0.15  # LSH proposes from this much below the threshold: it loses fewer, Jaccard decides
 BLOCK_BYTES_MAX = 64 * 2**20  # of the input, read at once
 VERIFY_BYTES_MAX = 2**29  # of lines that are verified at once; Arrow's arrays end at 2 GiB
@@ -50,7 +51,7 @@ class DedupPlan:
     """
 
     threshold: float = 0.7
-    n_permutations: int = 128
+    n_permutations: int = N_PERMUTATIONS
     is_verified: bool = True
     memory_gib: float = 2.0
 
@@ -185,16 +186,17 @@ def deduplicate_file(
     from speed_utils import dedup_join as join
     from speed_utils.dedup_blocks import block_spans, copy_lines, sign_block
 
-    work_dir = _work_dir(path, kept_path, plan)
+    n_bands, n_rows = plan.bands()
+    work_dir = _work_dir(path, kept_path, [*astuple(plan), n_bands, n_rows])
     memory_bytes = int(plan.memory_gib * 2**30)
     spans = block_spans(path, min(BLOCK_BYTES_MAX, memory_bytes // 16))
-    sign = partial(sign_block, path, plan.n_permutations, plan.bands(), work_dir)
+    sign = partial(sign_block, path, plan.n_permutations, (n_bands, n_rows), work_dir)
     blocks = list(mapper(sign, list(enumerate(spans))))
     index = join.read_index(blocks)
     repeated = index.repeated_id()
     if repeated is not None:
         raise RecordError(f"{path}: the id {repeated!r} occurs twice; ids must be distinct")
-    bands = join.write_bands(index, blocks, plan.bands()[0], work_dir)
+    bands = join.write_bands(index, blocks, n_bands, work_dir)
     marks = join.Marks(len(index.order))
     n_candidates = 0
     for candidates in join.rounds(index, bands, marks):
@@ -212,14 +214,14 @@ def deduplicate_file(
     )
 
 
-def _work_dir(path: Path, kept_path: Path, plan: DedupPlan) -> Path:
+def _work_dir(path: Path, kept_path: Path, settings: list) -> Path:
     """The folder of finished blocks, named by all that decides them; those of others go."""
     from speed_utils import dedup_blocks, minhash
 
     stat = path.stat()
     code = [Path(module.__file__).read_text() for module in (dedup_blocks, minhash)]
-    parts = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, *astuple(plan), plan.bands()]
-    key = hashlib.sha256(json.dumps([*parts, BLOCK_BYTES_MAX, code]).encode()).hexdigest()[:12]
+    parts = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, settings, BLOCK_BYTES_MAX, code]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
     folder = kept_path.with_name(f".{kept_path.name}.{key}.blocks")
     for other in kept_path.parent.glob(f".{kept_path.name}.*.blocks"):
         if other != folder:

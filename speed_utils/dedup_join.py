@@ -108,9 +108,8 @@ def rounds(index: Index, bands: Sequence[Path], marks: Marks) -> Iterator[np.nda
 
 def in_parts(pairs: np.ndarray, index: Index, n_bytes: int) -> Iterator[np.ndarray]:
     """Cut pairs so that the lines of a part have about ``n_bytes`` at most (or it is one pair)."""
-    lengths = np.diff(index.starts)[index.order]
-    earlier, later = split_pairs(pairs)
-    ends = np.cumsum(lengths[earlier] + lengths[later])
+    places = [index.order[ranks] for ranks in split_pairs(pairs)]
+    ends = np.cumsum(sum(index.starts[place + 1] - index.starts[place] for place in places))
     start = 0
     while start < len(pairs):
         done = ends[start - 1] if start else 0
@@ -203,15 +202,18 @@ def _candidates(bands: Sequence[Path], ranks: np.ndarray, start: int | None) -> 
 
 def _bucket_pairs(hashes: np.ndarray, ranks: np.ndarray, start: int | None) -> np.ndarray:
     """Pairs of examples of equal hash; ``ranks`` ascend."""
-    bits = np.uint64(max(1, len(hashes).bit_length()))
+    if not len(hashes):
+        return np.empty(0, np.uint64)
+    bits = np.uint64(len(hashes).bit_length())
     keys = (hashes >> bits << bits) | np.arange(len(hashes), dtype=np.uint64)
     keys.sort()  # by hash, then by rank; much faster than argsort
     places = (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
     edges = np.flatnonzero(np.diff(keys >> bits)) + 1
-    bounds = np.concatenate([[0], edges, [len(keys)]])[: len(edges) + 2 if len(keys) else 1]
-    sizes, ends = np.diff(bounds), np.repeat(bounds[1:], np.diff(bounds))
+    bounds = np.concatenate([[0], edges, [len(keys)]])
+    sizes = np.diff(bounds)
+    ends = np.repeat(bounds[1:], sizes)
     partners = np.arange(len(keys)) + 1  # where the later ones of each begin
-    if start is not None and len(keys):
+    if start is not None:
         is_old = ranks[places] < start
         n_old = np.add.reduceat(is_old.astype(np.int64), bounds[:-1])
         first_new = np.repeat(bounds[:-1] + n_old, sizes)

@@ -184,15 +184,13 @@ class OpenAIEngine:
         import openai
 
         rng = random.Random(f"{request.id}|{request.seed}|{len(talk)}")
-        why = ""
+        why = "stopped before it was asked"
         for n_tries in range(1, TRIES_MAX + 1):
             completion, may_be_billed = None, False
             if self.is_stopped:
-                why = why or "stopped before it was asked"
                 break
             async with self.pace.turn() as began:
                 if self.is_stopped:
-                    why = why or "stopped before it was asked"
                     break
                 reserved = await self._reserve(replace(request, messages=tuple(talk)))
                 try:

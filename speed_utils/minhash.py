@@ -18,8 +18,8 @@ import numba as nb
 import numpy as np
 import pyarrow as pa
 
-SHINGLE_WORDS = 5
-N_PERMUTATIONS = 128
+from speed_utils.dedup import N_PERMUTATIONS, SHINGLE_WORDS
+
 MINHASH_SEED = 1
 _FNV_START = np.uint64(14695981039346656037)  # FNV-1a, 64 bits: the hash of a word
 _FNV_PRIME = np.uint64(1099511628211)

@@ -98,11 +98,12 @@ def remove_overlap(path: Path, kept_path: Path, report_path: Path, known: KnownN
 
     from speed_utils.dedup_blocks import block_spans, copy_lines, duplicate_texts, read_block
 
+    is_maybe = _low_bits_of(known)
     rows, kept, starts = [], [np.empty(0, bool)], [np.empty(0, np.int64)]
     for span in block_spans(path, BLOCK_BYTES):
         table, own_starts = read_block(path, *span)
         texts = duplicate_texts(table)
-        found, owners = _found(texts, known)
+        found, owners = _found(texts, known, is_maybe)
         is_kept = np.ones(len(table), bool)
         is_kept[owners] = False
         kept.append(is_kept)
@@ -137,15 +138,23 @@ def _hashes(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return hashes[is_long], owners[is_long]
 
 
-def _found(texts: pa.Array, known: KnownNgrams) -> tuple[np.ndarray, np.ndarray]:
+def _low_bits_of(known: KnownNgrams) -> np.ndarray:
+    """Whether any known hash ends in these FILTER_BITS bits. Shape (2**FILTER_BITS,), bool."""
+    import numpy as np
+
+    table = np.zeros(2**FILTER_BITS, bool)
+    table[known.hashes & np.uint64(2**FILTER_BITS - 1)] = True
+    return table
+
+
+def _found(
+    texts: pa.Array, known: KnownNgrams, is_maybe: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """(index into known.hashes, index of the text) of every n-gram that is known."""
     import numpy as np
 
-    low = np.uint64(2**FILTER_BITS - 1)
-    table = np.zeros(2**FILTER_BITS, bool)
-    table[known.hashes & low] = True
     hashes, owners = _hashes(texts)
-    maybe = table[hashes & low]
+    maybe = is_maybe[hashes & np.uint64(2**FILTER_BITS - 1)]
     hashes, owners = hashes[maybe], owners[maybe]
     at = np.minimum(np.searchsorted(known.hashes, hashes), len(known.hashes) - 1)
     is_known = known.hashes[at] == hashes if len(known.hashes) else np.zeros(len(hashes), bool)

