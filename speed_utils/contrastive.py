@@ -15,11 +15,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from speed_utils.length_groups import LengthGroups
+from speed_utils.contrastive_loss import ContrastiveLoss, text_labels
 from speed_utils.models import device_and_dtype
 from speed_utils.records import Example, record_id, write_text
 from speed_utils.training import (
@@ -43,25 +43,29 @@ class EmbedderPlan:
         learning_rate: peak, reached after the warm-up.
         epochs: passes over the data; fractions are allowed.
         batch_size: examples per step; each is the others' negative.
-        mini_batch_size: of these, how many are in memory at once (cached loss).
+        mini_batch_tokens: tokens encoded with gradients at once; a batch with more is encoded
+            twice, piece by piece, and needs no more memory for it.
         temperature: tau of Eq. 4.
         schedule: of the learning rate after the warm-up: "linear" decay to zero, or "constant"
             where a few dozen steps leave no time for a decay.
         tokens_max: of a query or document, EOS included; longer ones are cut.
         lora_rank: rank of the adapters on all linear layers; alpha is twice the rank.
-        homogeneous_batches: batches of one kind; else triplets are mixed, and pairs are mixed.
+        homogeneous_batches: batches of one kind; else kinds, pairs and triplets are mixed.
+        own_negatives_only: kinds whose examples have only their own hard negative, none from the
+            batch (short labels are right for many texts).
         seed: of data order and adapter initialisation.
     """
 
     learning_rate: float
     epochs: float
     batch_size: int
-    mini_batch_size: int = 16
+    mini_batch_tokens: int = 8192
     temperature: float = 0.02
     schedule: str = "linear"
     tokens_max: int = 512
     lora_rank: int = 16
     homogeneous_batches: bool = False
+    own_negatives_only: tuple[str, ...] = ()
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -132,19 +136,23 @@ def assert_eos(model: object, texts: Sequence[str]) -> None:
     _assert_features_end(features, model.tokenizer.eos_token_id)
 
 
-def training_rows(examples: Sequence[Example]) -> dict[str, list[dict[str, str]]]:
-    """Examples as columns for the trainer, by kind: anchor, positive and, where given, negative.
+def training_rows(
+    examples: Sequence[Example], own_negatives_only: Collection[str] = ()
+) -> dict[str, list[dict]]:
+    """Examples as columns for the trainer, by kind: anchor, positive, negative and label.
 
-    Classification labels carry no instruction; queries do.
+    Queries carry the instruction, documents and labels do not. A pair's negative is the empty text,
+    which the loss leaves out.
     """
     rows = defaultdict(list)
     for example in examples:
+        has_in_batch = example.kind not in own_negatives_only
         row = {
             "anchor": query_text(example.task, example.query),
             "positive": example.positive,
+            "negative": example.negative or "",
+            "label": text_labels(example.positive, example.negative, has_in_batch=has_in_batch),
         }
-        if example.negative is not None:
-            row["negative"] = example.negative
         rows[example.kind].append(row)
     return dict(rows)
 
@@ -161,7 +169,8 @@ def train_embedder(
         plan: hyperparameters.
 
     Returns:
-        The training; metrics n_examples, n_steps, train_seconds, first_loss, last_loss.
+        The training; metrics n_examples, n_steps, train_seconds, first_loss, last_loss,
+        tokens_per_second (padding included), padding_share.
 
     Raises:
         TrainingError: no examples, or an input without EOS.
@@ -170,7 +179,7 @@ def train_embedder(
     """
     if not examples:
         raise TrainingError("no examples to train the embedder on; run 09 and 10 first")
-    rows = training_rows(examples)
+    rows = training_rows(examples, plan.own_negatives_only)
     key = training_key(base_dir, plan, [r for kind in sorted(rows) for r in rows[kind]])
     done = _finished(out_dir, key)
     if done is not None:
@@ -187,6 +196,8 @@ def train_embedder(
         "train_seconds": result.metrics["train_runtime"],
         "first_loss": history[0]["loss"] if history else None,
         "last_loss": history[-1]["loss"] if history else None,
+        "tokens_per_second": trainer.loss.n_tokens / result.metrics["train_runtime"],
+        "padding_share": trainer.loss.n_padding / max(1, trainer.loss.n_tokens),
     }
     _save(model, out_dir / "model", plan, metrics)
     state = {"key": key, "done": True, "history": history, "metrics": metrics}
@@ -247,22 +258,15 @@ def _trainer(model: object, rows: dict, out_dir: Path, plan: EmbedderPlan) -> ob
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
-    from sentence_transformers.sentence_transformer.losses import (
-        CachedMultipleNegativesRankingLoss,
-        MultipleNegativesRankingLoss,
-    )
 
     device, dtype = device_and_dtype()
-    groups = rows if plan.homogeneous_batches else _by_columns(rows)
+    groups = (
+        rows if plan.homogeneous_batches else {"all": [r for own in rows.values() for r in own]}
+    )
     n_steps = sum(-(-len(group) // plan.batch_size) for group in groups.values()) * plan.epochs
-    scale = 1 / plan.temperature
-    if plan.batch_size > plan.mini_batch_size:
-        loss = CachedMultipleNegativesRankingLoss(
-            model, scale=scale, mini_batch_size=plan.mini_batch_size
-        )
-    else:
-        loss = MultipleNegativesRankingLoss(model, scale=scale)
-    loss.model = LengthGroups(model)
+    loss = ContrastiveLoss(
+        model, temperature=plan.temperature, mini_batch_tokens=plan.mini_batch_tokens
+    )
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(out_dir),
         learning_rate=plan.learning_rate,
@@ -270,7 +274,6 @@ def _trainer(model: object, rows: dict, out_dir: Path, plan: EmbedderPlan) -> ob
         per_device_train_batch_size=plan.batch_size,
         lr_scheduler_type=SCHEDULES[plan.schedule],
         warmup_steps=min(100, max(1, int(n_steps) // 10)),
-        batch_sampler="no_duplicates",  # equal labels in one batch would be false negatives
         multi_dataset_batch_sampler="proportional",
         logging_steps=max(1, int(n_steps) // 20),
         save_steps=CHECKPOINT_EVERY_STEPS,
@@ -291,14 +294,6 @@ def _trainer(model: object, rows: dict, out_dir: Path, plan: EmbedderPlan) -> ob
     _assert_eos_in_batches(trainer, model.tokenizer.eos_token_id)
     use_text_progress(trainer, "embedder")
     return trainer
-
-
-def _by_columns(rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    groups = defaultdict(list)
-    for group in rows.values():
-        for row in group:
-            groups["triplets" if "negative" in row else "pairs"].append(row)
-    return dict(groups)
 
 
 def _assert_eos_in_batches(trainer: object, eos_id: int) -> None:

@@ -1,0 +1,165 @@
+"""The loss against its definition in numpy, in pieces and over two processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from speed_utils.contrastive import build_embedder
+from speed_utils.contrastive_loss import ContrastiveLoss, length_groups, text_labels
+
+TAU = 0.05
+ANCHORS = ["q one", "q two " * 9, "q three", "q four", "q five " * 3, "q six"]
+POSITIVES = ["p one", "p two", "the same text", "p four " * 12, "the same text", "p six"]
+NEGATIVES = ["n one", None, "n three " * 5, None, "n five", "p one"]
+OWN_ONLY = {3, 5}  # rows without in-batch negatives
+
+
+ALL_ROWS = range(len(ANCHORS))
+
+
+def batch(model, rows=ALL_ROWS):
+    columns = [
+        [ANCHORS[i] for i in rows],
+        [POSITIVES[i] for i in rows],
+        [NEGATIVES[i] or "" for i in rows],
+    ]
+    labels = [text_labels(POSITIVES[i], NEGATIVES[i], has_in_batch=i not in OWN_ONLY) for i in rows]
+    return [model.preprocess(column) for column in columns], torch.tensor(labels)
+
+
+def definition(model):
+    """Mean over rows of log sum exp of the allowed scores minus the positive's."""
+    q, p, n = (model.encode([t or "" for t in texts]) for texts in (ANCHORS, POSITIVES, NEGATIVES))
+    losses = []
+    for i in range(len(ANCHORS)):
+        allowed = [q[i] @ p[i] / TAU]
+        if NEGATIVES[i] is not None:
+            allowed.append(q[i] @ n[i] / TAU)
+        if i not in OWN_ONLY:
+            for j in range(len(ANCHORS)):
+                if j != i and POSITIVES[j] != POSITIVES[i]:
+                    allowed.append(q[i] @ p[j] / TAU)
+                if j != i and NEGATIVES[j] not in (None, POSITIVES[i]):
+                    allowed.append(q[i] @ n[j] / TAU)
+        losses.append(np.log(np.exp(allowed).sum()) - allowed[0])
+    return np.mean(losses)
+
+
+def value_and_gradients(model, loss, features, labels):
+    model.zero_grad()
+    value = loss([dict(column) for column in features], labels)
+    value.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return value.item(), found
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return build_embedder(tiny_model, 48)
+
+
+@pytest.mark.parametrize("mini_batch_tokens", [10_000, 40, 1])
+def test_the_loss_is_eq_4_whole_and_in_pieces(model, monkeypatch, mini_batch_tokens):
+    monkeypatch.setattr("speed_utils.contrastive_loss.ROWS_AT_ONCE", 4)
+    features, labels = batch(model)
+    whole = ContrastiveLoss(model, temperature=TAU, mini_batch_tokens=10_000)
+    expected, gradients = value_and_gradients(model, whole, features, labels)
+    assert expected == pytest.approx(definition(model), rel=1e-5)
+    pieces = ContrastiveLoss(model, temperature=TAU, mini_batch_tokens=mini_batch_tokens)
+    value, found = value_and_gradients(model, pieces, features, labels)
+    assert value == pytest.approx(expected, abs=1e-5)
+    assert found.keys() == gradients.keys() and len(found) > 10
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, found[name], atol=1e-5), name
+
+
+def test_pairs_alone_and_triplets_alone(model):
+    loss = ContrastiveLoss(model, temperature=TAU, mini_batch_tokens=40)
+    for rows in ([1, 3], [0, 2, 4]):
+        features, labels = batch(model, rows)
+        value, gradients = value_and_gradients(model, loss, features, labels)
+        assert np.isfinite(value) and all(g.isfinite().all() for g in gradients.values())
+
+
+def test_no_gradients_are_kept_in_evaluation(model):
+    features, labels = batch(model)
+    loss = ContrastiveLoss(model, temperature=TAU, mini_batch_tokens=20)
+    with torch.no_grad():
+        value = loss(features, labels)
+    assert value.item() == pytest.approx(definition(model), rel=1e-5) and not value.requires_grad
+
+
+def test_padding_is_counted_and_small(model, monkeypatch):
+    monkeypatch.setattr("speed_utils.contrastive_loss.TOKENS_MIN", 1)
+    features, labels = batch(model)
+    loss = ContrastiveLoss(model, temperature=TAU, mini_batch_tokens=10_000)
+    loss(features, labels)
+    texts = [*ANCHORS, *POSITIVES, *(text for text in NEGATIVES if text)]
+    n_real = sum(len(model.tokenizer(text)["input_ids"]) for text in texts)
+    assert loss.n_tokens - loss.n_padding == n_real
+    longest = max(column["attention_mask"].shape[1] for column in features)
+    assert loss.n_tokens < 0.6 * longest * len(texts)
+
+
+def test_groups_cover_all_texts_once():
+    for lengths in ([5], [3, 3, 3], [2, 2, 40, 41, 90, 96], list(range(1, 60))):
+        groups = length_groups(lengths)
+        assert [i for group in groups for i in group] == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize("mini_batch_tokens", [10_000, 30])
+def test_two_processes_have_the_loss_and_gradients_of_one(
+    model, tiny_model, tmp_path, mini_batch_tokens
+):
+    features, labels = batch(model)
+    whole = ContrastiveLoss(model, temperature=TAU, mini_batch_tokens=10_000)
+    expected, gradients = value_and_gradients(model, whole, features, labels)
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    job = {"model": str(tiny_model), "tests": str(Path(__file__).parent), "out": str(tmp_path)}
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--main_process_port", "0", str(script)),
+        json.dumps({**job, "mini_batch_tokens": mini_batch_tokens}),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = torch.load(tmp_path / "gradients.pt")
+    assert saved["loss"] == pytest.approx(expected, abs=1e-5)
+    assert saved["gradients"].keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, saved["gradients"][name], atol=1e-5), name
+
+
+WORKER = """
+import json, sys
+import torch
+from accelerate import Accelerator
+job = json.loads(sys.argv[1])
+sys.path.insert(0, job["tests"])
+from test_contrastive_loss import TAU, batch
+from speed_utils.contrastive import build_embedder
+from speed_utils.contrastive_loss import ContrastiveLoss
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+model = build_embedder(job["model"], 48)
+rows = range(3) if accelerator.process_index == 0 else range(3, 6)
+features, labels = batch(model, rows)
+wrapped = accelerator.prepare(model)
+loss = ContrastiveLoss(
+    wrapped, temperature=TAU, mini_batch_tokens=job["mini_batch_tokens"]
+)
+value = loss(features, labels)
+value.backward()
+mean = accelerator.reduce(value.detach(), "mean").item()
+if accelerator.is_main_process:
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    torch.save({"loss": mean, "gradients": gradients}, job["out"] + "/gradients.pt")
+accelerator.wait_for_everyone()
+"""
