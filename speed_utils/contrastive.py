@@ -16,22 +16,29 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from speed_utils.batches import KindBatches
 from speed_utils.contrastive_loss import ContrastiveLoss, text_labels
+from speed_utils.launch import n_processes
 from speed_utils.models import device_and_dtype
-from speed_utils.records import Example, record_id, write_text
+from speed_utils.records import KINDS, Example, record_id, write_text
 from speed_utils.training import (
     CHECKPOINT_EVERY_STEPS,
     TrainingError,
     finished_training,
     has_checkpoint,
+    run_training,
     training_key,
     use_text_progress,
 )
 
+CHECKPOINT_FILE = "trained.safetensors"
 SCHEDULES = {"linear": "linear", "constant": "constant_with_warmup"}  # ours to transformers'
+# Other implementations take a batch without padding, which has no mask, for a causal one.
+UNMASKED = {"attn_implementation": "eager"}
+ATTENTIONS = ("causal", "bidirectional")
 QUERY_TEMPLATE = "Instruct: {task}\nQuery: {query}"  # on the query side only (Section 3.3)
 
 
@@ -53,6 +60,11 @@ class EmbedderPlan:
         homogeneous_batches: batches of one kind; else kinds, pairs and triplets are mixed.
         own_negatives_only: kinds whose examples have only their own hard negative, none from the
             batch (short labels are right for many texts).
+        attention: "causal" as in the paper; "bidirectional" lets every token see all others (an
+            extension, as in LLM2Vec: the base was not trained for it).
+        torch_compile: have torch.compile build kernels; worth its minutes in long trainings.
+        accelerate_config: file for several processes or machines; "" trains in this process. The
+            batch is that of all processes, each one's documents are negatives for all.
         seed: of data order and adapter initialisation.
     """
 
@@ -66,12 +78,20 @@ class EmbedderPlan:
     lora_rank: int = 16
     homogeneous_batches: bool = False
     own_negatives_only: tuple[str, ...] = ()
+    attention: str = "causal"
+    torch_compile: bool = False
+    accelerate_config: str = ""
     seed: int = 42
 
     def __post_init__(self) -> None:
-        """Refuse a schedule that there is not."""
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule {self.schedule!r} is none of {', '.join(SCHEDULES)}")
+        """Refuse what there is not."""
+        choices = (("schedule", SCHEDULES), ("attention", ATTENTIONS))
+        for name, known in choices:
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
+        unknown = set(self.own_negatives_only) - set(KINDS)
+        if unknown:
+            raise ValueError(f"own_negatives_only: {unknown} are none of {', '.join(KINDS)}")
 
 
 @dataclass(frozen=True)
@@ -89,10 +109,11 @@ def query_text(task: str, query: str) -> str:
     return QUERY_TEMPLATE.format(task=task, query=query)
 
 
-def build_embedder(base_dir: Path | str, tokens_max: int) -> object:
+def build_embedder(base_dir: Path | str, tokens_max: int, attention: str = "causal") -> object:
     """A causal language model as an embedder: its last token, an appended EOS, L2 normalised.
 
-    The EOS is added by the saved tokenizer itself, so that a plain SentenceTransformer does it too.
+    The EOS is added by the saved tokenizer itself, so that a plain SentenceTransformer does it too;
+    so is bidirectional attention by the saved configuration.
 
     Returns:
         A SentenceTransformer whose embeddings have shape (batch, hidden size), float32.
@@ -110,13 +131,16 @@ def build_embedder(base_dir: Path | str, tokens_max: int) -> object:
     device, dtype = device_and_dtype()
     # Without this, sentence-transformers renders every text through the base's chat template.
     text_only = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+    is_causal = attention == "causal"
     transformer = Transformer(
         str(base_dir),
         max_seq_length=tokens_max,
-        model_kwargs={"dtype": dtype},
+        model_kwargs={"dtype": dtype, **({} if is_causal else UNMASKED)},
         modality_config=text_only,
         module_output_name="token_embeddings",
     )
+    if not is_causal:
+        transformer.model.config.is_causal = False  # transformers makes its masks by it
     transformer.tokenizer.chat_template = None
     _append_eos(transformer.tokenizer)
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
@@ -169,11 +193,12 @@ def train_embedder(
         plan: hyperparameters.
 
     Returns:
-        The training; metrics n_examples, n_steps, train_seconds, first_loss, last_loss,
-        tokens_per_second (padding included), padding_share.
+        The training; metrics n_examples, n_steps, n_processes, train_seconds, first_loss,
+        last_loss, tokens_per_second (padding included), padding_share.
 
     Raises:
-        TrainingError: no examples, or an input without EOS.
+        TrainingError: no examples, an input without EOS, or a config for DeepSpeed.
+        LaunchError: one of several processes failed.
 
     Paper: Eq. 4.
     """
@@ -184,27 +209,57 @@ def train_embedder(
     done = _finished(out_dir, key)
     if done is not None:
         return done
-    model = build_embedder(base_dir, plan.tokens_max)
+    arguments = {
+        "base_dir": str(base_dir),
+        "rows": rows,
+        "out_dir": str(out_dir),
+        "plan": asdict(plan),
+        "key": key,
+    }
+    run_training("speed_utils.contrastive:train_here", arguments, out_dir, plan.accelerate_config)
+    return replace(_finished(out_dir, key), was_reused=False)
+
+
+def train_here(base_dir: str, rows: dict[str, list[dict]], out_dir: str, plan: dict, key: str):
+    """Train in this process, alone or as one of several that were started together.
+
+    Args:
+        base_dir: as for train_embedder.
+        rows: as training_rows gives them.
+        out_dir: as for train_embedder; training.json there tells when all is done.
+        plan: the fields of an EmbedderPlan.
+        key: of the training.
+
+    Raises:
+        TrainingError: DeepSpeed.
+    """
+    plan, folder = EmbedderPlan(**plan), Path(out_dir)
+    model = build_embedder(base_dir, plan.tokens_max, plan.attention)
     _add_lora(model, plan)
-    trainer = _trainer(model, rows, out_dir, plan)
-    result = trainer.train(resume_from_checkpoint=has_checkpoint(out_dir) or None)
+    trainer = _trainer(model, rows, folder, plan)
+    result = trainer.train(resume_from_checkpoint=has_checkpoint(folder) or None)
+    model = _whole_model(trainer, base_dir, plan)
+    if not trainer.is_world_process_zero():
+        return
     _merge_lora(model)
     history = [row for row in trainer.state.log_history if "loss" in row]
     metrics = {
-        "n_examples": len(examples),
+        "n_examples": sum(map(len, rows.values())),
         "n_steps": trainer.state.global_step,
+        "n_processes": n_processes(),
         "train_seconds": result.metrics["train_runtime"],
         "first_loss": history[0]["loss"] if history else None,
         "last_loss": history[-1]["loss"] if history else None,
-        "tokens_per_second": trainer.loss.n_tokens / result.metrics["train_runtime"],
+        "tokens_per_second": n_processes()
+        * trainer.loss.n_tokens
+        / result.metrics["train_runtime"],
         "padding_share": trainer.loss.n_padding / max(1, trainer.loss.n_tokens),
     }
-    _save(model, out_dir / "model", plan, metrics)
+    _save(model, folder / "model", plan, metrics)
     state = {"key": key, "done": True, "history": history, "metrics": metrics}
-    write_text(out_dir / "training.json", json.dumps(state, indent=1))
-    for checkpoint in out_dir.glob("checkpoint-*"):
+    write_text(folder / "training.json", json.dumps(state, indent=1))
+    for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    return EmbedderTraining(out_dir / "model", history, metrics, False)
 
 
 def _append_eos(tokenizer: object) -> None:
@@ -253,17 +308,41 @@ def _merge_lora(model: object) -> None:
 
 
 def _trainer(model: object, rows: dict, out_dir: Path, plan: EmbedderPlan) -> object:
+    from accelerate.utils import parse_flag_from_env
     from datasets import Dataset
+    from safetensors.torch import load_file, save_file
     from sentence_transformers import (
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
 
+    class Trainer(SentenceTransformerTrainer):
+        """The library's trainer with our batches; a checkpoint holds what is trained, no more."""
+
+        def get_batch_sampler(self, *_arguments, **_named):
+            return batches
+
+        def _save(self, output_dir=None, state_dict=None):
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(trained_weights(model), Path(output_dir) / CHECKPOINT_FILE)
+
+        def _load_from_checkpoint(self, checkpoint_path, *_arguments):
+            saved = load_file(Path(checkpoint_path) / CHECKPOINT_FILE)
+            model.load_state_dict(saved, strict=False)
+            if saved.keys() != trained_weights(model).keys():
+                raise TrainingError(f"{checkpoint_path} is of another model; remove it")
+
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise TrainingError(
+            "the embedder's loss goes backward piece by piece, which DeepSpeed's engine does not "
+            "do; take a config with DDP or FSDP (data/accelerate)"
+        )
     device, dtype = device_and_dtype()
-    groups = (
-        rows if plan.homogeneous_batches else {"all": [r for own in rows.values() for r in own]}
+    kinds = [kind if plan.homogeneous_batches else "" for kind in rows for _ in rows[kind]]
+    batches = KindBatches(
+        kinds, batch_size=plan.batch_size, n_processes=n_processes(), seed=plan.seed
     )
-    n_steps = sum(-(-len(group) // plan.batch_size) for group in groups.values()) * plan.epochs
+    n_steps = len(batches) // n_processes() * plan.epochs
     loss = ContrastiveLoss(
         model, temperature=plan.temperature, mini_batch_tokens=plan.mini_batch_tokens
     )
@@ -271,10 +350,9 @@ def _trainer(model: object, rows: dict, out_dir: Path, plan: EmbedderPlan) -> ob
         output_dir=str(out_dir),
         learning_rate=plan.learning_rate,
         num_train_epochs=plan.epochs,
-        per_device_train_batch_size=plan.batch_size,
+        per_device_train_batch_size=plan.batch_size // n_processes(),
         lr_scheduler_type=SCHEDULES[plan.schedule],
         warmup_steps=min(100, max(1, int(n_steps) // 10)),
-        multi_dataset_batch_sampler="proportional",
         logging_steps=max(1, int(n_steps) // 20),
         save_steps=CHECKPOINT_EVERY_STEPS,
         save_total_limit=1,
@@ -283,17 +361,38 @@ def _trainer(model: object, rows: dict, out_dir: Path, plan: EmbedderPlan) -> ob
         seed=plan.seed,
         use_cpu=device == "cpu",
         bf16="bfloat16" in str(dtype),
+        torch_compile=plan.torch_compile,
+        accelerator_config={"even_batches": False},  # the batches are even already
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=device == "cuda",
     )
-    trainer = SentenceTransformerTrainer(
+    trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset={kind: Dataset.from_list(group) for kind, group in groups.items()},
+        train_dataset=Dataset.from_list([row for own in rows.values() for row in own]),
         loss=loss,
     )
     _assert_eos_in_batches(trainer, model.tokenizer.eos_token_id)
     use_text_progress(trainer, "embedder")
     return trainer
+
+
+def trained_weights(model: object) -> dict[str, object]:
+    """The parameters with gradients, by name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _whole_model(trainer: object, base_dir: str, plan: EmbedderPlan) -> object:
+    """The trained model with all its weights on this process; FSDP has spread them."""
+    if not trainer.is_fsdp_enabled:
+        return trainer.accelerator.unwrap_model(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
+        return None
+    model = build_embedder(base_dir, plan.tokens_max, plan.attention)
+    _add_lora(model, plan)
+    model.load_state_dict(state)
+    return model
 
 
 def _assert_eos_in_batches(trainer: object, eos_id: int) -> None:
@@ -319,6 +418,10 @@ def _save(model: object, model_dir: Path, plan: EmbedderPlan, metrics: dict) -> 
     part = model_dir.with_name(f"{model_dir.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     model.save(str(part), create_model_card=False)
+    if plan.attention == "bidirectional":
+        path = part / "sentence_bert_config.json"
+        config = json.loads(path.read_text(encoding="utf8"))
+        path.write_text(json.dumps({**config, "model_kwargs": UNMASKED}, indent=1), encoding="utf8")
     (part / "README.md").write_text(_model_card(plan, metrics), encoding="utf8")
     shutil.rmtree(model_dir, ignore_errors=True)
     part.rename(model_dir)

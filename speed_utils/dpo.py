@@ -11,7 +11,7 @@ Paper: Section 3.2.3, Eq. 2; Appendix B (learning rate 1e-5, beta 0.1, batch siz
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from speed_utils.models import device_and_dtype, folder_fingerprint, render_chat
@@ -24,6 +24,7 @@ from speed_utils.training import (
     common_arguments,
     finished_training,
     has_checkpoint,
+    run_training,
     save_training,
     training_key,
     use_text_progress,
@@ -80,6 +81,7 @@ def train_dpo(
 
     Raises:
         TrainingError: no row fits plan.tokens_max.
+        LaunchError: one of several processes failed.
 
     Paper: Eq. 2.
     """
@@ -87,11 +89,41 @@ def train_dpo(
     done = finished_training(out_dir, key)
     if done is not None:
         return done
+    arguments = {
+        "base_dir": str(base_dir),
+        "junior_dir": str(junior_dir),
+        "rows": list(rows),
+        "heldout": list(heldout),
+        "out_dir": str(out_dir),
+        "plan": asdict(plan),
+        "key": key,
+    }
+    return run_training("speed_utils.dpo:train_here", arguments, out_dir, plan.accelerate_config)
+
+
+def train_here(
+    base_dir: str,
+    junior_dir: str,
+    rows: list[dict],
+    heldout: list[dict],
+    out_dir: str,
+    plan: dict,
+    key: str,
+) -> None:
+    """Train in this process, alone or as one of several; arguments as train_dpo has them."""
     from datasets import Dataset, disable_progress_bars
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
+    class Trainer(DPOTrainer):
+        """The library's trainer, whose resume reads the reference adapter and not the trained."""
+
+        def _load_from_checkpoint(self, checkpoint, model=None):
+            super()._load_from_checkpoint(checkpoint, model)
+            self.model.load_adapter(checkpoint, "default", is_trainable=True)
+
+    plan, out_dir = DpoPlan(**plan), Path(out_dir)
     disable_progress_bars()  # of tokenizing, which takes a moment
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
     fitting = within_tokens(tokenizer, rows, plan.tokens_max)
@@ -101,7 +133,7 @@ def train_dpo(
     arguments["train_sampling_strategy"] = "random"  # pairs have no single length to group by
     arguments["pad_to_multiple_of"] = PAD_TO_TOKENS
     arguments["logging_first_step"] = True  # the loss of ln 2 is checked
-    trainer = DPOTrainer(
+    trainer = Trainer(
         model=PeftModel.from_pretrained(base, junior_dir, is_trainable=True),
         args=DPOConfig(beta=plan.beta, **arguments),
         train_dataset=Dataset.from_list(fitting),
@@ -119,4 +151,4 @@ def train_dpo(
         "n_rows": len(fitting),
         "n_left_out": len(rows) - len(fitting),
     }
-    return save_training(trainer, out_dir, key, metrics)
+    save_training(trainer, out_dir, key, metrics)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ from speed_utils.training import (
     finished_training,
     has_checkpoint,
     lora_config,
+    run_training,
     save_training,
     training_key,
     use_text_progress,
@@ -97,6 +99,7 @@ def train_sft(
 
     Raises:
         TrainingError: no row fits plan.tokens_max.
+        LaunchError: one of several processes failed.
 
     Paper: Eq. 1 and 3: minus the log-likelihood of the answer given prompt and task.
     """
@@ -104,9 +107,26 @@ def train_sft(
     done = finished_training(out_dir, key)
     if done is not None:
         return done
+    arguments = {
+        "base_dir": str(base_dir),
+        "rows": list(rows),
+        "heldout": list(heldout),
+        "out_dir": str(out_dir),
+        "plan": asdict(plan),
+        "key": key,
+    }
+    return run_training("speed_utils.sft:train_here", arguments, out_dir, plan.accelerate_config)
+
+
+def train_here(
+    base_dir: str, rows: list[dict], heldout: list[dict], out_dir: str, plan: dict, key: str
+) -> None:
+    """Train in this process, alone or as one of several; arguments as train_sft has them."""
     from datasets import Dataset, disable_progress_bars
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
+
+    plan, out_dir = TrainingPlan(**plan), Path(out_dir)
 
     disable_progress_bars()  # of tokenizing, which takes a moment
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
@@ -131,4 +151,4 @@ def train_sft(
         "n_rows": len(fitting),
         "n_left_out": len(rows) - len(fitting),
     }
-    return save_training(trainer, out_dir, key, metrics, loss_before)
+    save_training(trainer, out_dir, key, metrics, loss_before)

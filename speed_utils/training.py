@@ -11,12 +11,13 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from speed_utils.launch import call, launch, n_processes
 from speed_utils.models import device_and_dtype, folder_fingerprint
 from speed_utils.records import write_text
 
@@ -38,6 +39,7 @@ class TrainingPlan:
         device_batch_size: of these, how many at once; the rest is accumulated.
         tokens_max: prompt and answer together; longer examples are left out, and counted.
         lora_rank: rank of the adapters on all linear layers; alpha is twice the rank.
+        accelerate_config: file for several processes or machines; "" trains in this process.
         seed: of data order and adapter initialisation.
     """
 
@@ -47,6 +49,7 @@ class TrainingPlan:
     device_batch_size: int = 2
     tokens_max: int = 512
     lora_rank: int = 16
+    accelerate_config: str = ""
     seed: int = 42
 
 
@@ -89,8 +92,10 @@ def finished_training(out_dir: Path, key: str) -> Training | None:
 
 def save_training(
     trainer: object, out_dir: Path, key: str, metrics: dict, loss_before: float | None = None
-) -> Training:
+) -> None:
     """Save adapter and history, mark the training as done, remove its checkpoints.
+
+    Called by every process of a training; the first one writes.
 
     Args:
         trainer: a trained TRL trainer.
@@ -101,8 +106,11 @@ def save_training(
             None where it is known without measuring (ln 2 for preferences).
     """
     adapter_dir = out_dir / "adapter"
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes take part
+    if not trainer.is_world_process_zero():
+        return
     model = trainer.accelerator.unwrap_model(trainer.model)
-    model.save_pretrained(adapter_dir, selected_adapters=["default"])
+    model.save_pretrained(adapter_dir, state_dict=weights, selected_adapters=["default"])
     logged = trainer.state.log_history
     history = [] if loss_before is None else [{"step": 0, "eval_loss": loss_before}]
     history += [row for row in logged if "loss" in row or "eval_loss" in row]
@@ -110,7 +118,25 @@ def save_training(
     write_text(out_dir / "training.json", json.dumps(state, indent=1))
     for checkpoint in out_dir.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    return Training(adapter_dir, history, metrics, False)
+
+
+def run_training(function: str, arguments: dict, out_dir: Path, accelerate_config: str) -> Training:
+    """Call a training function here, or in all processes that accelerate is to start.
+
+    Args:
+        function: "module:function"; it leaves a finished training.json in out_dir.
+        arguments: of the call, as JSON can hold them; must have ``key``.
+        out_dir: folder of the training.
+        accelerate_config: accelerate's file; "" for this process alone.
+
+    Raises:
+        LaunchError: one of several processes failed.
+    """
+    if accelerate_config:
+        launch(function, arguments, out_dir, accelerate_config)
+    else:
+        call(function, arguments)
+    return replace(finished_training(out_dir, arguments["key"]), was_reused=False)
 
 
 def has_checkpoint(out_dir: Path) -> bool:
@@ -127,9 +153,10 @@ def common_arguments(plan: TrainingPlan, out_dir: Path, n_rows: int) -> dict:
     if n_rows == 0:
         raise TrainingError("no training rows; check tokens_max and the stage before")
     device, dtype = device_and_dtype()
-    device_batch = min(plan.device_batch_size, plan.batch_size, n_rows)
-    accumulation = max(1, plan.batch_size // device_batch)
-    n_steps = math.ceil(n_rows / (device_batch * accumulation) * plan.epochs)
+    share = max(1, plan.batch_size // n_processes())
+    device_batch = min(plan.device_batch_size, share, n_rows)
+    accumulation = max(1, share // device_batch)
+    n_steps = math.ceil(n_rows / (device_batch * accumulation * n_processes()) * plan.epochs)
     return {
         "output_dir": str(out_dir),
         "learning_rate": plan.learning_rate,

@@ -1,6 +1,7 @@
 """The loss against its definition in numpy, in pieces and over two processes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from speed_utils.contrastive import build_embedder
 from speed_utils.contrastive_loss import ContrastiveLoss, length_groups, text_labels
 
+CONFIG = Path(__file__).parents[2] / "data" / "accelerate" / "two_processes.yaml"
 TAU = 0.05
 ANCHORS = ["q one", "q two " * 9, "q three", "q four", "q five " * 3, "q six"]
 POSITIVES = ["p one", "p two", "the same text", "p four " * 12, "the same text", "p six"]
@@ -123,12 +125,20 @@ def test_two_processes_have_the_loss_and_gradients_of_one(
     script.write_text(WORKER)
     job = {"model": str(tiny_model), "tests": str(Path(__file__).parent), "out": str(tmp_path)}
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"),
+        *(
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+        ),
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
         *("--main_process_port", "0", str(script)),
         json.dumps({**job, "mini_batch_tokens": mini_batch_tokens}),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}  # gloo
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     saved = torch.load(tmp_path / "gradients.pt")
     assert saved["loss"] == pytest.approx(expected, abs=1e-5)
@@ -146,7 +156,7 @@ sys.path.insert(0, job["tests"])
 from test_contrastive_loss import TAU, batch
 from speed_utils.contrastive import build_embedder
 from speed_utils.contrastive_loss import ContrastiveLoss
-accelerator = Accelerator(cpu=True)
+accelerator = Accelerator()
 assert accelerator.num_processes == 2
 model = build_embedder(job["model"], 48)
 rows = range(3) if accelerator.process_index == 0 else range(3, 6)

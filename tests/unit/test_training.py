@@ -1,6 +1,7 @@
 """SFT, DPO and contrastive training with a tiny random model: everything that should move does."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -189,3 +190,52 @@ def test_the_instruction_stands_before_queries_only(make_example):
 def test_training_text_is_the_canonical_json(make_example):
     text = example_text(make_example())
     assert json.dumps(json.loads(text)) == text
+
+
+def test_interrupted_trainings_end_as_undisturbed_ones(
+    tiny_model, rows, junior, tmp_path, monkeypatch
+):
+    from speed_utils import training
+
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY_STEPS", 2)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    pairs = preference_rows(tokenizer, preferences())
+    plan = DpoPlan(learning_rate=1e-3, epochs=2, batch_size=2, tokens_max=512)
+
+    def sft(name):
+        return train_sft(tiny_model, rows[2:], rows[:2], tmp_path / name, PLAN)
+
+    def dpo(name):
+        out_dir = tmp_path / name
+        return train_dpo(tiny_model, junior.adapter_dir, pairs[2:], pairs[:2], out_dir, plan)
+
+    for train in (sft, dpo):
+        calm = train(f"calm {train.__name__}")
+        with monkeypatch.context() as patch:
+            patch.setattr(training.ProgressBar, "on_step_end", stop_after(3))
+            with pytest.raises(KeyboardInterrupt):
+                train(f"stopped {train.__name__}")
+        assert training.has_checkpoint(tmp_path / f"stopped {train.__name__}")
+        went_on = train(f"stopped {train.__name__}")
+        expected = load_file(calm.adapter_dir / "adapter_model.safetensors")
+        found = load_file(went_on.adapter_dir / "adapter_model.safetensors")
+        largest = max((found[name] - expected[name]).abs().max().item() for name in expected)
+        assert largest < 1e-6, train.__name__
+
+
+def stop_after(n_steps):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == n_steps:
+            raise KeyboardInterrupt
+
+    return on_step_end
+
+
+def test_two_processes_fine_tune_like_one(tiny_model, rows, tmp_path):
+    one = train_sft(tiny_model, rows[2:], rows[:2], tmp_path / "one", PLAN)
+    plan = replace(PLAN, accelerate_config="data/accelerate/two_processes.yaml")
+    two = train_sft(tiny_model, rows[2:], rows[:2], tmp_path / "two", plan)
+    assert two.metrics["n_rows"] == one.metrics["n_rows"] == 8
+    assert len(two.history) == len(one.history)
+    assert two.metrics["heldout_loss"] == pytest.approx(one.metrics["heldout_loss"], abs=0.2)
+    assert two.metrics["heldout_loss"] < two.metrics["heldout_loss_base"] - 0.2
