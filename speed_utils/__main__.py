@@ -8,10 +8,11 @@ python -m speed_utils status --run laptop
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from speed_utils import runs, study
+from speed_utils import launch, runs, study
 from speed_utils.ray_tasks import ClusterError
 from speed_utils.settings import SettingsError, load_profile
 from speed_utils.shards import ShardError, parse_shard
@@ -38,6 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.accelerate:
+        if not options.accelerate.is_file():
+            raise SettingsError(f"{options.accelerate} is not there; see data/accelerate")
+        os.environ[launch.CONFIG_VARIABLE] = str(options.accelerate.resolve())
     if options.ray:
         return _run_on_ray(options)
     folder = study.run_study(
@@ -191,6 +196,9 @@ def _parser() -> argparse.ArgumentParser:
         "--ray",
         metavar="ADDRESS",
         help="share 03, 05, 07, 09, 10 out on a cluster: auto, local",
+    )
+    run.add_argument(
+        "--accelerate", type=Path, metavar="FILE", help="train in the processes of this config"
     )
     run.add_argument("--shards", type=int, metavar="N", help="with --ray; default: one per machine")
     run.set_defaults(action=_run)

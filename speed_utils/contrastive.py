@@ -34,6 +34,7 @@ from speed_utils.training import (
     use_text_progress,
 )
 
+CPU_ACTIVATION_BYTES = 2 * 2**30
 CHECKPOINT_FILE = "trained.safetensors"
 SCHEDULES = {"linear": "linear", "constant": "constant_with_warmup"}  # ours to transformers'
 # Other implementations take a batch without padding, which has no mask, for a causal one.
@@ -51,47 +52,58 @@ class EmbedderPlan:
         epochs: passes over the data; fractions are allowed.
         batch_size: examples per step; each is the others' negative.
         mini_batch_tokens: tokens encoded with gradients at once; a batch with more is encoded
-            twice, piece by piece, and needs no more memory for it.
+            twice, piece by piece, and needs no more memory for it. 0: what the memory allows.
         temperature: tau of Eq. 4.
         schedule: of the learning rate after the warm-up: "linear" decay to zero, or "constant"
             where a few dozen steps leave no time for a decay.
         tokens_max: of a query or document, EOS included; longer ones are cut.
         lora_rank: rank of the adapters on all linear layers; alpha is twice the rank.
-        homogeneous_batches: batches of one kind; else kinds, pairs and triplets are mixed.
-        own_negatives_only: kinds whose examples have only their own hard negative, none from the
-            batch (short labels are right for many texts).
+        in_batch_negatives: where an example's negatives come from, beside its own: "all" examples
+            of its batch, or those of its "kind" (batches are of one kind then); with " except "
+            and kinds that take none, as in "all except classification" (labels are short, and
+            right for many texts).
         attention: "causal" as in the paper; "bidirectional" lets every token see all others (an
             extension, as in LLM2Vec: the base was not trained for it).
-        torch_compile: have torch.compile build kernels; worth its minutes in long trainings.
-        accelerate_config: file for several processes or machines; "" trains in this process. The
-            batch is that of all processes, each one's documents are negatives for all.
         seed: of data order and adapter initialisation.
     """
 
     learning_rate: float
     epochs: float
     batch_size: int
-    mini_batch_tokens: int = 8192
+    mini_batch_tokens: int = 0
     temperature: float = 0.02
     schedule: str = "linear"
     tokens_max: int = 512
     lora_rank: int = 16
-    homogeneous_batches: bool = False
-    own_negatives_only: tuple[str, ...] = ()
+    in_batch_negatives: str = "all"
     attention: str = "causal"
-    torch_compile: bool = False
-    accelerate_config: str = ""
     seed: int = 42
 
     def __post_init__(self) -> None:
         """Refuse what there is not."""
-        choices = (("schedule", SCHEDULES), ("attention", ATTENTIONS))
-        for name, known in choices:
+        for name, known in (("schedule", SCHEDULES), ("attention", ATTENTIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
-        unknown = set(self.own_negatives_only) - set(KINDS)
-        if unknown:
-            raise ValueError(f"own_negatives_only: {unknown} are none of {', '.join(KINDS)}")
+        source, unknown = self._negatives()[0], self._negatives()[1] - set(KINDS)
+        if source not in ("all", "kind") or unknown:
+            raise ValueError(
+                f"in_batch_negatives {self.in_batch_negatives!r} is neither all nor kind, "
+                f"with or without ' except ' and some of {', '.join(KINDS)}"
+            )
+
+    def _negatives(self) -> tuple[str, set[str]]:
+        source, _, kinds = self.in_batch_negatives.partition(" except ")
+        return source, {kind.strip() for kind in kinds.split(",") if kind.strip()}
+
+    @property
+    def is_of_one_kind(self) -> bool:
+        """Whether a batch has examples of one kind only."""
+        return self._negatives()[0] == "kind"
+
+    @property
+    def own_negatives_only(self) -> set[str]:
+        """Kinds whose examples have no negatives from the batch."""
+        return self._negatives()[1]
 
 
 @dataclass(frozen=True)
@@ -216,7 +228,7 @@ def train_embedder(
         "plan": asdict(plan),
         "key": key,
     }
-    run_training("speed_utils.contrastive:train_here", arguments, out_dir, plan.accelerate_config)
+    run_training("speed_utils.contrastive:train_here", arguments, out_dir)
     return replace(_finished(out_dir, key), was_reused=False)
 
 
@@ -338,13 +350,15 @@ def _trainer(model: object, rows: dict, out_dir: Path, plan: EmbedderPlan) -> ob
             "do; take a config with DDP or FSDP (data/accelerate)"
         )
     device, dtype = device_and_dtype()
-    kinds = [kind if plan.homogeneous_batches else "" for kind in rows for _ in rows[kind]]
+    kinds = [kind if plan.is_of_one_kind else "" for kind in rows for _ in rows[kind]]
     batches = KindBatches(
         kinds, batch_size=plan.batch_size, n_processes=n_processes(), seed=plan.seed
     )
     n_steps = len(batches) // n_processes() * plan.epochs
     loss = ContrastiveLoss(
-        model, temperature=plan.temperature, mini_batch_tokens=plan.mini_batch_tokens
+        model,
+        temperature=plan.temperature,
+        mini_batch_tokens=plan.mini_batch_tokens or tokens_in_memory(model),
     )
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(out_dir),
@@ -361,7 +375,6 @@ def _trainer(model: object, rows: dict, out_dir: Path, plan: EmbedderPlan) -> ob
         seed=plan.seed,
         use_cpu=device == "cpu",
         bf16="bfloat16" in str(dtype),
-        torch_compile=plan.torch_compile,
         accelerator_config={"even_batches": False},  # the batches are even already
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=device == "cuda",
@@ -375,6 +388,24 @@ def _trainer(model: object, rows: dict, out_dir: Path, plan: EmbedderPlan) -> ob
     _assert_eos_in_batches(trainer, model.tokenizer.eos_token_id)
     use_text_progress(trainer, "embedder")
     return trainer
+
+
+def tokens_in_memory(model: object) -> int:
+    """How many tokens may be encoded with gradients at once, by rule of thumb.
+
+    A token's activations take about 34 numbers of the hidden size in each layer, in bfloat16 (two
+    bytes a number). 2 GiB of a CPU's memory are given to them, and half of what is free of a GPU's.
+
+    Source: Korthikanti et al., 2022, Section 4.1 (34 bytes at two bytes a number).
+    """
+    import torch
+
+    config = model[0].model.config
+    width = next(p for p in model.parameters() if not p.requires_grad).element_size()
+    n_bytes = 17 * width * config.hidden_size * config.num_hidden_layers
+    if torch.cuda.is_available():
+        return max(1, torch.cuda.mem_get_info()[0] // 2 // n_bytes)
+    return max(1, CPU_ACTIVATION_BYTES // n_bytes)
 
 
 def trained_weights(model: object) -> dict[str, object]:

@@ -98,7 +98,7 @@ def train_dpo(
         "plan": asdict(plan),
         "key": key,
     }
-    return run_training("speed_utils.dpo:train_here", arguments, out_dir, plan.accelerate_config)
+    return run_training("speed_utils.dpo:train_here", arguments, out_dir)
 
 
 def train_here(

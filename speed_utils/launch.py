@@ -2,9 +2,11 @@
 
 A notebook calls launch() and waits; each process calls the same function with the same arguments.
 
-    launch("speed_utils.contrastive:train_here", arguments, out_dir, "data/accelerate/ddp.yaml")
+    SPEED_ACCELERATE=data/accelerate/two_processes.yaml      (or: run --accelerate FILE)
+    launch("speed_utils.contrastive:train_here", arguments, out_dir)
 
-The config file is one that `accelerate config` writes; data/accelerate has some to start from.
+The file is one that `accelerate config` writes (torch.compile is one of its settings, too);
+data/accelerate has some to start from. Where the variable is not set, all stays in one process.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from speed_utils.records import write_text
 
+CONFIG_VARIABLE = "SPEED_ACCELERATE"
 CAUSE = "training process failed: "  # begins the line by which a process tells why
 
 
@@ -30,8 +33,8 @@ def n_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def launch(function: str, arguments: dict, out_dir: Path, config_path: Path | str) -> None:
-    """Call a function in all processes of an accelerate config, and wait for them.
+def launch(function: str, arguments: dict, out_dir: Path) -> None:
+    """Call a function here, or in all processes of the accelerate config, and wait for them.
 
     Without a GPU the processes compute on the CPU and talk over gloo.
 
@@ -39,19 +42,28 @@ def launch(function: str, arguments: dict, out_dir: Path, config_path: Path | st
         function: "module:function".
         arguments: of the call; what JSON can hold.
         out_dir: where the arguments are left for the processes.
-        config_path: accelerate's config file.
 
     Raises:
         LaunchError: there is no such file, or a process failed, and why.
     """
     import torch
 
+    config_path = os.environ.get(CONFIG_VARIABLE)
+    if not config_path:
+        call(function, arguments)
+        return
     if not Path(config_path).is_file():
-        raise LaunchError(f"accelerate_config {config_path} is not there; see data/accelerate")
+        raise LaunchError(f"the accelerate config {config_path} is not there; see data/accelerate")
     job_path = out_dir / "job.json"
     write_text(job_path, json.dumps({"function": function, "arguments": arguments}))
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_path)),
+        *(
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(Path(config_path).resolve()),
+        ),
         *("--main_process_port", "0", "-m", "speed_utils.launch", str(job_path)),
     ]
     environment = dict(os.environ)

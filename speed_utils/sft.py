@@ -115,7 +115,7 @@ def train_sft(
         "plan": asdict(plan),
         "key": key,
     }
-    return run_training("speed_utils.sft:train_here", arguments, out_dir, plan.accelerate_config)
+    return run_training("speed_utils.sft:train_here", arguments, out_dir)
 
 
 def train_here(

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from speed_utils.launch import call, launch, n_processes
+from speed_utils.launch import launch, n_processes
 from speed_utils.models import device_and_dtype, folder_fingerprint
 from speed_utils.records import write_text
 
@@ -39,7 +39,6 @@ class TrainingPlan:
         device_batch_size: of these, how many at once; the rest is accumulated.
         tokens_max: prompt and answer together; longer examples are left out, and counted.
         lora_rank: rank of the adapters on all linear layers; alpha is twice the rank.
-        accelerate_config: file for several processes or machines; "" trains in this process.
         seed: of data order and adapter initialisation.
     """
 
@@ -49,7 +48,6 @@ class TrainingPlan:
     device_batch_size: int = 2
     tokens_max: int = 512
     lora_rank: int = 16
-    accelerate_config: str = ""
     seed: int = 42
 
 
@@ -120,22 +118,18 @@ def save_training(
         shutil.rmtree(checkpoint)
 
 
-def run_training(function: str, arguments: dict, out_dir: Path, accelerate_config: str) -> Training:
+def run_training(function: str, arguments: dict, out_dir: Path) -> Training:
     """Call a training function here, or in all processes that accelerate is to start.
 
     Args:
         function: "module:function"; it leaves a finished training.json in out_dir.
         arguments: of the call, as JSON can hold them; must have ``key``.
         out_dir: folder of the training.
-        accelerate_config: accelerate's file; "" for this process alone.
 
     Raises:
         LaunchError: one of several processes failed.
     """
-    if accelerate_config:
-        launch(function, arguments, out_dir, accelerate_config)
-    else:
-        call(function, arguments)
+    launch(function, arguments, out_dir)
     return replace(finished_training(out_dir, arguments["key"]), was_reused=False)
 
 

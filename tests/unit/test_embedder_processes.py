@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from speed_utils import contrastive
-from speed_utils.contrastive import EmbedderPlan, build_embedder, train_embedder
+from speed_utils.contrastive import EmbedderPlan, build_embedder, train_embedder, training_rows
 from speed_utils.launch import LaunchError
 from speed_utils.training import TrainingError
 
@@ -41,7 +41,7 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(
     tiny_model, examples, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(contrastive, "CHECKPOINT_EVERY_STEPS", 3)
-    plan = EmbedderPlan(**PLAN, homogeneous_batches=True)
+    plan = EmbedderPlan(**PLAN, in_batch_negatives="kind")
     calm = train_embedder(tiny_model, examples, tmp_path / "calm", plan)
     columns = iter(range(3 * 7 + 1))  # of seven steps, in the second epoch of six each
 
@@ -62,14 +62,11 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(
     assert largest_difference({k: weights(calm)[k] for k in untrained}, dict(untrained)) > 1e-3
 
 
-@pytest.mark.parametrize("mini_batch_tokens", [8192, 30])
-def test_two_processes_train_the_model_of_one(tiny_model, examples, tmp_path, mini_batch_tokens):
-    plan = {**PLAN, "mini_batch_tokens": mini_batch_tokens}
-    one = train_embedder(tiny_model, examples, tmp_path / "one", EmbedderPlan(**plan))
-    config = "data/accelerate/two_processes.yaml"
-    two = train_embedder(
-        tiny_model, examples, tmp_path / "two", EmbedderPlan(**plan, accelerate_config=config)
-    )
+def test_two_processes_train_the_model_of_one(tiny_model, examples, tmp_path, monkeypatch):
+    plan = EmbedderPlan(**PLAN, mini_batch_tokens=30)
+    one = train_embedder(tiny_model, examples, tmp_path / "one", plan)
+    monkeypatch.setenv("SPEED_ACCELERATE", "data/accelerate/two_processes.yaml")
+    two = train_embedder(tiny_model, examples, tmp_path / "two", plan)
     assert two.metrics["n_processes"] == 2 and not two.was_reused
     assert two.metrics["n_steps"] == one.metrics["n_steps"] == 12
     assert largest_difference(weights(one), weights(two)) < 1e-4
@@ -78,15 +75,14 @@ def test_two_processes_train_the_model_of_one(tiny_model, examples, tmp_path, mi
     )
 
 
-def test_a_failed_process_is_told_with_its_last_lines(tiny_model, examples, tmp_path):
-    plan = EmbedderPlan(
-        **{**PLAN, "batch_size": 5}, accelerate_config="data/accelerate/two_processes.yaml"
-    )
+def test_a_failed_process_is_told_with_its_cause(tiny_model, examples, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_ACCELERATE", "data/accelerate/two_processes.yaml")
+    plan = EmbedderPlan(**{**PLAN, "batch_size": 5})
     with pytest.raises(LaunchError, match="cannot be shared out evenly to 2"):
         train_embedder(tiny_model, examples, tmp_path / "odd", plan)
-    plan = EmbedderPlan(**PLAN, accelerate_config="nowhere.yaml")
+    monkeypatch.setenv("SPEED_ACCELERATE", "nowhere.yaml")
     with pytest.raises(LaunchError, match=r"nowhere.yaml is not there; see data/accelerate"):
-        train_embedder(tiny_model, examples, tmp_path / "none", plan)
+        train_embedder(tiny_model, examples, tmp_path / "none", EmbedderPlan(**PLAN))
 
 
 def test_bidirectional_attention_is_kept_by_the_saved_model(tiny_model, examples, tmp_path):
@@ -111,13 +107,22 @@ def test_bidirectional_attention_is_kept_by_the_saved_model(tiny_model, examples
     ("field", "value", "message"),
     [
         ("attention", "sideways", "attention 'sideways' is none of causal, bidirectional"),
-        ("own_negatives_only", ("label",), "label"),
+        ("in_batch_negatives", "none", "'none' is neither all nor kind"),
+        ("in_batch_negatives", "all except labels", "neither all nor kind"),
         ("schedule", "cosine", "schedule 'cosine' is none of"),
     ],
 )
 def test_unknown_choices_are_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         EmbedderPlan(**PLAN, **{field: value})
+
+
+def test_negatives_are_taken_as_said(examples):
+    plan = EmbedderPlan(**PLAN, in_batch_negatives="kind except sts, retrieval")
+    assert plan.is_of_one_kind and plan.own_negatives_only == {"sts", "retrieval"}
+    rows = training_rows(examples, plan.own_negatives_only)
+    switches = {kind: {row["label"][2] for row in own} for kind, own in rows.items()}
+    assert switches == {"sts": {0}, "retrieval": {0}, "matching_short": {1}}
 
 
 def test_deepspeed_is_refused_with_a_reason(tiny_model, examples, tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def test_every_value_of_the_paper_profile_carries_its_source():
         ("04_train_juniorr.epochs=2", "did you mean '04_train_junior'"),
         ("04_train_junior.epochs=many", "'many' is not float"),
         ("04_train_junior.batch_size=2.5", "2.5 is not int"),
-        ("11_train_embedder.homogeneous_batches=3", "3 is not bool"),
+        ("11_train_embedder.in_batch_negatives=3", "3 is not str"),
         ("epochs=2", r"write stage\.key=value"),
         ("04_train_junior.run=x", "no parameter 'run'"),
         ("shared.sead=1", "did you mean 'seed'"),

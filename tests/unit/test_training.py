@@ -1,7 +1,6 @@
 """SFT, DPO and contrastive training with a tiny random model: everything that should move does."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -200,7 +199,7 @@ def test_interrupted_trainings_end_as_undisturbed_ones(
     monkeypatch.setattr(training, "CHECKPOINT_EVERY_STEPS", 2)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     pairs = preference_rows(tokenizer, preferences())
-    plan = DpoPlan(learning_rate=1e-3, epochs=2, batch_size=2, tokens_max=512)
+    plan = DpoPlan(learning_rate=1e-3, epochs=1, batch_size=2, tokens_max=512)
 
     def sft(name):
         return train_sft(tiny_model, rows[2:], rows[:2], tmp_path / name, PLAN)
@@ -231,10 +230,10 @@ def stop_after(n_steps):
     return on_step_end
 
 
-def test_two_processes_fine_tune_like_one(tiny_model, rows, tmp_path):
+def test_two_processes_fine_tune_like_one(tiny_model, rows, tmp_path, monkeypatch):
     one = train_sft(tiny_model, rows[2:], rows[:2], tmp_path / "one", PLAN)
-    plan = replace(PLAN, accelerate_config="data/accelerate/two_processes.yaml")
-    two = train_sft(tiny_model, rows[2:], rows[:2], tmp_path / "two", plan)
+    monkeypatch.setenv("SPEED_ACCELERATE", "data/accelerate/two_processes.yaml")
+    two = train_sft(tiny_model, rows[2:], rows[:2], tmp_path / "two", PLAN)
     assert two.metrics["n_rows"] == one.metrics["n_rows"] == 8
     assert len(two.history) == len(one.history)
     assert two.metrics["heldout_loss"] == pytest.approx(one.metrics["heldout_loss"], abs=0.2)
