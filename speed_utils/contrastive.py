@@ -48,7 +48,7 @@ class EmbedderPlan:
     """How the embedder is trained.
 
     Attributes:
-        learning_rate: peak, reached after the warm-up.
+        learning_rate: peak, reached after the warm-up (none below ten steps).
         epochs: passes over the data; fractions are allowed.
         batch_size: examples per step; each is the others' negative.
         mini_batch_tokens: tokens encoded with gradients at once; a batch with more is encoded
@@ -366,7 +366,7 @@ def _trainer(model: object, rows: dict, out_dir: Path, plan: EmbedderPlan) -> ob
         num_train_epochs=plan.epochs,
         per_device_train_batch_size=plan.batch_size // n_processes(),
         lr_scheduler_type=SCHEDULES[plan.schedule],
-        warmup_steps=min(100, max(1, int(n_steps) // 10)),
+        warmup_steps=min(100, int(n_steps) // 10),
         logging_steps=max(1, int(n_steps) // 20),
         save_steps=CHECKPOINT_EVERY_STEPS,
         save_total_limit=1,

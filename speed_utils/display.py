@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WIDTH_CHARS = 96
 CELL_CHARS = 110  # longer texts in table cells are cut
+LOSS_SPAN_MIN = 0.05  # of a loss axis that does not begin at 0
 PALETTE = {
     "base": "#9aa5b1",
     "trained": "#c2410c",
@@ -29,25 +30,37 @@ PALETTE = {
 }
 
 
-def show_table(rows: Sequence[dict] | pd.DataFrame, *, title: str = "", digits: int = 2) -> object:
+def show_table(
+    rows: Sequence[dict] | pd.DataFrame,
+    *,
+    title: str = "",
+    digits: int = 2,
+    cell_chars: int = CELL_CHARS,
+) -> object:
     """Rows as a table; every text is escaped, so that generated text cannot act as HTML.
 
     Args:
-        rows: dictionaries with the same keys, or a DataFrame.
+        rows: dictionaries, mostly with the same keys, or a DataFrame.
         title: shown above.
         digits: of floating-point numbers.
+        cell_chars: longer texts are cut.
 
     Returns:
-        A styled table for the notebook to display.
+        An HTML table for the notebook to display.
     """
-    import pandas as pd
-
-    frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
-    if frame.empty:
-        frame = pd.DataFrame([{"": "none"}])
-    shown = frame.map(lambda value: _cell(value, digits))
-    shown.columns = [html.escape(_printable(str(name))) for name in shown.columns]
-    return _styled(shown, title)
+    if hasattr(rows, "to_dict"):
+        rows = rows.to_dict("records")
+    rows = list(rows) or [{"": "none"}]
+    columns = {
+        str(name): [row.get(name) for row in rows]
+        for name in dict.fromkeys(name for row in rows for name in row)
+    }
+    shown = {
+        name: [_cell(value, digits, cell_chars) for value in values]
+        for name, values in columns.items()
+    }
+    numbers = {name for name, values in columns.items() if all(map(_is_number, values))}
+    return _html_table(shown, title, numbers)
 
 
 def show_record(record: Record, *, title: str = "") -> None:
@@ -84,31 +97,27 @@ def show_text(text: str, *, title: str = "") -> None:
 
 def show_side_by_side(texts: dict[str, str], *, title: str = "") -> object:
     """A one-row table of texts under their names, for comparing generations or a removed pair."""
-    import pandas as pd
-
-    shown = pd.DataFrame([texts]).map(lambda text: html.escape(_printable(text)))
-    shown.columns = [html.escape(_printable(name)) for name in shown.columns]
-    return _styled(shown, title)
+    return _html_table({name: [text] for name, text in texts.items()}, title)
 
 
 def show_stage_record(record: dict) -> object:
     """A stage record as a table: what was read, written and measured."""
     rows = [{"what": "stage", "value": f"{record['stage']}: {record['status']}"}]
-    rows += [{"what": "seconds", "value": record["seconds"]}]
+    rows += [{"what": "seconds", "value": f"{record['seconds']:,.1f}"}]
     for what in ("inputs", "outputs"):
         for item in record[what]:
             n_rows = f" ({item['rows']} rows)" if item["rows"] is not None else ""
             parts = Path(item["path"]).parts
             start = parts.index("artifacts") + 1 if "artifacts" in parts else -2
             rows.append({"what": what[:-1], "value": "/".join(parts[start:]) + n_rows})
-    rows += [{"what": name, "value": value} for name, value in record["metrics"].items()]
+    rows += [{"what": name, "value": _rounded(value)} for name, value in record["metrics"].items()]
     teacher = record["teacher"]
     if teacher["calls"]:
         n_tokens = teacher["prompt_tokens"] + teacher["completion_tokens"]
         paid = "price unknown" if teacher["usd"] is None else f"paid {teacher['usd']:.2f} USD"
         text = f"{teacher['calls']} calls ({teacher['cached']} cached), {n_tokens:,} tokens, {paid}"
         rows.append({"what": "teacher", "value": text})
-    return show_table(rows, title="Stage record", digits=4)
+    return show_table(rows, title="Stage record")
 
 
 def plot_history(
@@ -120,9 +129,10 @@ def plot_history(
         history: logged steps: step with loss, or with eval_loss of held-out data.
         title: above the plot.
         loss_label: of the vertical axis.
-        from_zero: begin the vertical axis at 0; False for losses that hardly move.
+        from_zero: begin the vertical axis at 0; False for losses that hardly move, whose axis
+            spans at least 0.05.
     """
-    figure, axes = new_figure(title, "optimizer step", loss_label)
+    figure, axes = _step_figure(title, loss_label)
     steps = [row["step"] for row in history if "loss" in row]
     losses = [float(row["loss"]) for row in history if "loss" in row]
     axes.plot(steps, losses, color=PALETTE["train"], marker="o", label="training")
@@ -135,8 +145,13 @@ def plot_history(
             linestyle="--",
             label="held out",
         )
+    known = [*losses, *(float(loss) for _, loss in evaluated)]
     if from_zero:
-        axes.set_ylim(0, 1.1 * max([*losses, *(loss for _, loss in evaluated)]))
+        axes.set_ylim(0, 1.1 * max(known))
+    else:
+        low, high = min(known), max(known)
+        margin = max(0.05 * (high - low), (LOSS_SPAN_MIN - (high - low)) / 2)
+        axes.set_ylim(low - margin, high + margin)
     axes.legend(frameon=False)
     return figure
 
@@ -152,7 +167,7 @@ def plot_lines(
         title: above the plot.
         y_label: with the unit.
     """
-    figure, axes = new_figure(title, "optimizer step", y_label)
+    figure, axes = _step_figure(title, y_label)
     for (key, label), color in zip(series.items(), ("#1d4ed8", "#c2410c", "#15803d"), strict=False):
         points = [(row["step"], float(row[key])) for row in history if key in row]
         if points:
@@ -162,22 +177,22 @@ def plot_lines(
     return figure
 
 
-def _styled(shown: pd.DataFrame, title: str) -> object:
-    """A table of escaped texts; its class keeps JupyterLab from reading "$5 or $6" as a formula."""
-    styled = shown.style.hide(axis="index").set_caption(html.escape(_printable(title)))
-    styled.set_table_attributes('class="tex2jax_ignore mathjax_ignore"')
-    return styled.set_properties(
-        **{"text-align": "left", "white-space": "pre-wrap", "vertical-align": "top"}
-    )
-
-
 def plot_bars(values: dict[str, float], *, title: str, x_label: str) -> object:
     """Horizontal bars with their values, one per name; returns the figure."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
     figure, axes = new_figure(title, x_label, "")
     names = list(values)[::-1]
     bars = axes.barh(names, [values[name] for name in names], color=PALETTE["reference"])
-    axes.bar_label(bars, fmt="%.3g", padding=3)
-    axes.margins(x=0.12)
+    labels = [_bar_label(values[name]) for name in names]
+    axes.bar_label(bars, labels=labels, padding=3)
+    longest = max(map(float, values.values()), default=0)
+    room = 0.03 + 0.022 * max(map(len, labels), default=0)  # share of the axis a label takes
+    axes.set_xlim(0, longest / (1 - room) or 1)
+    if all(float(value).is_integer() for value in values.values()):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if longest >= 1000:
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     return figure
 
 
@@ -205,8 +220,9 @@ def plot_scores(table: pd.DataFrame, models: Sequence[str], *, title: str) -> ob
             color=PALETTE.get(model),
         )
     axes.set_yticks(places, table["task"])
-    axes.legend(frameon=False, loc="lower right")
-    axes.set_xlim(min(0, float(table[list(models)].min().min())), 100)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlim(min(0, float(table[list(models)].min().min()) - 5), 100)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -243,15 +259,70 @@ def new_figure(title: str, x_label: str, y_label: str, *, height: float = 3.6) -
     return figure, axes
 
 
-def _cell(value: object, digits: int) -> str:
+def _step_figure(title: str, y_label: str) -> tuple:
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = new_figure(title, "optimizer step", y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, axes
+
+
+def _html_table(columns: dict[str, list[str]], title: str, numbers: Collection[str] = ()) -> object:
+    """Columns of texts, all escaped here, as HTML that displays.
+
+    Styles stand in each cell, since JupyterLab drops the <style> of a notebook that it does not
+    trust. The class keeps it from reading "$5 or $6" as a formula.
+    """
+    from IPython.display import HTML
+
+    styles = {
+        name: "text-align: right; vertical-align: top"
+        if name in numbers
+        else "text-align: left; white-space: pre-wrap; vertical-align: top"
+        for name in columns
+    }
+
+    def row(tag: str, texts: Iterable[str]) -> str:
+        cells = [
+            f'<{tag} style="{style}">{html.escape(_printable(text))}</{tag}>'
+            for style, text in zip(styles.values(), texts, strict=True)
+        ]
+        return f"<tr>{''.join(cells)}</tr>"
+
+    caption = f"<caption>{html.escape(_printable(title))}</caption>" if title else ""
+    body = "\n".join(row("td", texts) for texts in zip(*columns.values(), strict=True))
+    return HTML(
+        f'<table class="tex2jax_ignore mathjax_ignore">{caption}\n'
+        f"<thead>{row('th', columns)}</thead>\n<tbody>\n{body}\n</tbody></table>"
+    )
+
+
+def _is_number(value: object) -> bool:
+    """Whether a cell's value stands on the right; what is missing fits on either side."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _cell(value: object, digits: int, cell_chars: int) -> str:
     if value is None or value != value:
         return "–"
     if isinstance(value, float):
         return f"{value:,.{digits}f}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    text = _printable(str(value))
-    return html.escape(text if len(text) <= CELL_CHARS else text[: CELL_CHARS - 1] + "…")
+    text = str(value)
+    return text if len(text) <= cell_chars else text[: cell_chars - 1] + "…"
+
+
+def _rounded(value: object) -> object:
+    """A metric for reading: fewer digits the larger it is."""
+    if not isinstance(value, float) or value != value:
+        return value
+    digits = 0 if abs(value) >= 100 else 2 if abs(value) >= 1 else 3
+    return f"{value:,.{digits}f}"
+
+
+def _bar_label(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _printable(text: str) -> str:

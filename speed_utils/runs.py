@@ -35,7 +35,16 @@ from speed_utils.settings import NOTEBOOKS_DIR, ROOT_DIR, notebook_parameters
 from speed_utils.shards import SHARDED_STAGES, Shard, current_shard
 
 PACKAGE_DIR = Path(__file__).parent
-VERSIONED = ("torch", "transformers", "trl", "peft", "sentence-transformers", "mteb", "datasketch")
+VERSIONED = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "sentence-transformers",
+    "mteb",
+    "datasketch",
+    "numba",
+)
 T = TypeVar("T")
 NO_TEACHER = {
     **dict.fromkeys(("calls", "cached", "prompt_tokens", "cached_prompt_tokens"), 0),

@@ -33,7 +33,7 @@ class TrainingPlan:
     """How a generator is trained.
 
     Attributes:
-        learning_rate: peak, decayed linearly after the warm-up.
+        learning_rate: peak, decayed linearly after the warm-up (none below ten steps).
         epochs: passes over the data; fractions are allowed.
         batch_size: examples (or pairs) per optimizer step.
         device_batch_size: of these, how many at once; the rest is accumulated.
@@ -161,7 +161,7 @@ def common_arguments(plan: TrainingPlan, out_dir: Path, n_rows: int) -> dict:
         "max_length": plan.tokens_max,
         "seed": plan.seed,
         "lr_scheduler_type": "linear",
-        "warmup_steps": min(10, max(1, n_steps // 10)),
+        "warmup_steps": min(10, n_steps // 10),
         "logging_steps": max(1, n_steps // 20),
         "save_steps": CHECKPOINT_EVERY_STEPS,
         "save_total_limit": 1,
