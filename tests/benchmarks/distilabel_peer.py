@@ -65,7 +65,7 @@ def _is_valid(keys: list[str], row: dict) -> bool:
 def _tokens(row: dict) -> int:
     statistics = row.get("distilabel_metadata", {})
     return sum(
-        sum(value["output_tokens"])
+        value["output_tokens"]
         for name, value in statistics.items()
         if name.startswith("statistics_")
     )

@@ -16,6 +16,7 @@ tokens per second lost to the schema), and what they are made of.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -86,7 +87,9 @@ def _merged(adapter: Path | None, folder: Path) -> str:
 
 def _part(part: str, model: str, n_prompts: int) -> dict:
     command = [sys.executable, __file__, "--part", part, "--model", model]
-    return _last_line([*command, "--prompts", str(n_prompts)])
+    result = _last_line([*command, "--prompts", str(n_prompts)])
+    print(part, result, file=sys.stderr, flush=True)
+    return result
 
 
 def _distilabel(python: str, model: str, n_prompts: int) -> dict:
@@ -94,8 +97,13 @@ def _distilabel(python: str, model: str, n_prompts: int) -> dict:
     tasks = [{"kind": prompt.kind, "task": prompt.task} for prompt in prompts]
     limits = [request.max_tokens for request in _requests(prompts, is_constrained=True)]
     script = str(Path(__file__).with_name("distilabel_peer.py"))
-    body = json.dumps({"model": model, "tasks": tasks, "max_tokens": max(limits)})
-    return _last_line([python, script], body)
+    with tempfile.TemporaryDirectory() as name:
+        older = shutil.copytree(model, Path(name) / "model")
+        path = older / "tokenizer_config.json"
+        config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        path.write_text(json.dumps(config))  # transformers 4 does not know the class of 5
+        body = json.dumps({"model": str(older), "tasks": tasks, "max_tokens": max(limits)})
+        return _last_line([python, script], body)
 
 
 def _last_line(command: list[str], body: str | None = None) -> dict:
