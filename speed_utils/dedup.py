@@ -119,11 +119,10 @@ def jaccard(left: set[str], right: set[str]) -> float:
     return len(left & right) / union if union else 1.0
 
 
-def closest_pair(examples: Sequence[Example]) -> tuple[str, str, float]:
+def closest_pair(examples: Sequence[Example]) -> tuple[str, str, float] | None:
     """Ids and Jaccard of the two most similar examples of one kind; every pair is compared.
 
-    Raises:
-        ValueError: no two examples of one kind.
+    None where no two examples are of one kind.
     """
     sets = [(example.kind, example.id, shingles(duplicate_text(example))) for example in examples]
     pairs = [
@@ -131,9 +130,7 @@ def closest_pair(examples: Sequence[Example]) -> tuple[str, str, float]:
         for (kind, left_id, left), (other, right_id, right) in combinations(sets, 2)
         if kind == other
     ]
-    if not pairs:
-        raise ValueError("no two examples of one kind to compare")
-    return max(pairs, key=lambda pair: pair[2])
+    return max(pairs, key=lambda pair: pair[2], default=None)
 
 
 def near_duplicates(examples: Sequence[Example], threshold: float) -> list[Removal]:
