@@ -37,7 +37,9 @@ BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEMPERATURE = 0.6
 DOCUMENT_WORDS_MAX = 50
 SEQUENCES = 64
-PARTS = ("bare", "vllm", "vllm_free", "transformers")
+WARM = 4  # requests before the clock starts
+ROUNDS = 2  # of bare vllm and the engine in turn
+PARTS = ("vllm", "vllm_free", "transformers")
 
 
 def main() -> None:
@@ -55,6 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         model = _merged(options.adapter, Path(name))
         parts = {part: _part(part, model, options.prompts) for part in PARTS}
+        parts["bare"] = parts["vllm"].pop("bare")
         if options.distilabel_python:
             parts["distilabel"] = _distilabel(options.distilabel_python, model, options.prompts)
     speed = {name: part["tokens"] / part["seconds"] for name, part in parts.items()}
@@ -135,15 +138,33 @@ def _requests(prompts: list[Prompted], *, is_constrained: bool) -> list:
     )
 
 
-def _bare(model: str, n_prompts: int) -> dict:
+def _vllm(model: str, n_prompts: int) -> dict:
+    """Engine and bare generate over one loaded model, in turn; the cache is emptied each time."""
     from speed_utils import engine_vllm
 
-    llm = engine_vllm.load_model(model, SEQUENCES)
+    engine = engine_vllm.VllmEngine(model, batch_size=SEQUENCES)
+    turns = {"bare": [], "engine": []}
+    for _ in range(ROUNDS):
+        turns["bare"].append(_bare(engine.llm, n_prompts))
+        engine.llm.reset_prefix_cache()
+        turns["engine"].append(_engine(engine, n_prompts, is_constrained=True))
+        engine.llm.reset_prefix_cache()
+    total = {
+        name: {key: round(sum(turn[key] for turn in own), 2) for key in own[0]}
+        for name, own in turns.items()
+    }
+    return {**total["engine"], "bare": total["bare"]}
+
+
+def _bare(llm, n_prompts: int) -> dict:
+    """What ``vllm.LLM.generate`` does with the same prompts and sampling."""
+    from speed_utils.engine_vllm import sampling_of
+
     prompts = _prompts(n_prompts)
     requests = _requests(prompts, is_constrained=True)
     texts = [render_chat(llm.get_tokenizer(), request.messages) for request in requests]
-    sampling = [engine_vllm.sampling_of(request) for request in requests]
-    llm.generate(texts[:4], sampling[:4], use_tqdm=False)
+    sampling = [sampling_of(request) for request in requests]
+    llm.generate(texts[:WARM], sampling[:WARM], use_tqdm=False)
     started = time.perf_counter()
     outputs = llm.generate(texts, sampling, use_tqdm=False)
     seconds = time.perf_counter() - started
@@ -151,12 +172,6 @@ def _bare(model: str, n_prompts: int) -> dict:
     return _counted(
         seconds, prompts, [(a.text, a.finish_reason, len(a.token_ids)) for a in answers]
     )
-
-
-def _vllm(model: str, n_prompts: int) -> dict:
-    from speed_utils.engine_vllm import VllmEngine
-
-    return _engine(VllmEngine(model, batch_size=SEQUENCES), n_prompts, is_constrained=True)
 
 
 def _vllm_free(model: str, n_prompts: int) -> dict:
@@ -175,7 +190,7 @@ def _engine(engine, n_prompts: int, *, is_constrained: bool) -> dict:
     prompts = _prompts(n_prompts)
     requests = _requests(prompts, is_constrained=is_constrained)
     with tempfile.TemporaryDirectory() as name:
-        generate(requests[:4], engine, Path(name) / "warm.jsonl")
+        generate(requests[:WARM], engine, Path(name) / "warm.jsonl")
         started = time.perf_counter()
         answers = generate(requests, engine, Path(name) / "store.jsonl")
         seconds = time.perf_counter() - started
