@@ -32,7 +32,7 @@ ARTIFACTS = {
     "03_write_seed_data": ("answers.jsonl", "seed.jsonl"),
     "09_synthesize": ("senior.jsonl", "revisor.jsonl", "examples.jsonl"),
 }
-RUN_SECONDS = (2.0, 14.0)  # a run is killed after a time in this range
+RUN_SECONDS = (3.0, 15.0)  # a run is killed after a time in this range
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     options = parser.parse_args()
     os.environ["OPENAI_API_KEY"] = "sk-benchmark"
-    server = FakeOpenAI(latency=0.15, answer=_marked_answer)
+    server = FakeOpenAI(latency=0.6, answer=_marked_answer)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _prepare(folder / "calm", server)
@@ -137,9 +137,9 @@ def _start(outputs: Path, server: FakeOpenAI, *arguments: str) -> subprocess.Pop
     command = [
         *(sys.executable, "-m", "speed_utils", "run", "--profile", "smoke", "--run", "kill"),
         *("-p", f"03_write_seed_data.teacher=openai:m@{server.url}"),
-        *("-p", "03_write_seed_data.n_examples=300"),
+        *("-p", "03_write_seed_data.n_examples=600"),
         *("-p", f"09_synthesize.engine=openai@{server.url}"),
-        *("-p", "09_synthesize.n_examples=300", *arguments),
+        *("-p", "09_synthesize.n_examples=600", *arguments),
     ]
     return subprocess.Popen(
         command,
