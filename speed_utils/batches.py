@@ -58,7 +58,8 @@ class KindBatches:
         """The parts of each batch, one for each process, in the order of processes.
 
         The last batch of a kind may be smaller. What cannot be shared out evenly, fewer rows than
-        processes, sits out this epoch; the next one shuffles anew.
+        processes, sits out this epoch; the next one shuffles anew. (A kind that has fewer rows than
+        there are processes is therefore never met.)
         """
         rng = random.Random(f"batches|{self._seed}|{self._epoch}")
         batches = []

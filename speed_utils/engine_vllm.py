@@ -39,22 +39,15 @@ class VllmEngine:
     atomic_batches = False
 
     def __init__(self, model_dir: Path | str, adapter_dir: Path | None = None, *, batch_size: int):
-        device, _ = device_and_dtype()
         adapter = folder_fingerprint(adapter_dir) if adapter_dir else "base"
         self.name = f"vllm|{folder_fingerprint(model_dir)}|{adapter}"
         self.batch_size = batch_size
         self._lora = None
-        if device == "cuda":
-            self.llm = _load(model_dir, batch_size, is_cpu=False, key=f"{model_dir}|{batch_size}")
-            self._lora = _lora_request(adapter_dir) if adapter_dir else None
+        if merges_adapters():
+            self.llm = _load_merged(model_dir, adapter_dir, batch_size)
         else:
-            key = f"{model_dir}|{adapter_dir}|{batch_size}"
-            if adapter_dir is None or key in _loaded:
-                self.llm = _load(model_dir, batch_size, is_cpu=True, key=key)
-            else:
-                with tempfile.TemporaryDirectory() as merged:
-                    merge_adapter(model_dir, adapter_dir, merged)
-                    self.llm = _load(merged, batch_size, is_cpu=True, key=key)
+            self.llm = _load(f"{model_dir}|{batch_size}", model_dir, batch_size)
+            self._lora = _lora_request(adapter_dir) if adapter_dir else None
         self.tokenizer = self.llm.get_tokenizer()
 
     def batches(self, requests: Sequence[Request]) -> list[list[Request]]:
@@ -101,13 +94,21 @@ def unload() -> None:
         torch.cuda.empty_cache()
 
 
-def load_model(model_dir: Path | str, batch_size: int) -> object:
-    """The bare ``vllm.LLM`` that an engine over this base would load."""
-    is_cpu = device_and_dtype()[0] != "cuda"
-    return _load(model_dir, batch_size, is_cpu=is_cpu, key=f"{model_dir}|None|{batch_size}")
+def merges_adapters() -> bool:
+    """Whether each adapter gets a copy of the base: on a CPU, unless SPEED_VLLM_LORA is 1."""
+    return device_and_dtype()[0] != "cuda" and os.environ.get("SPEED_VLLM_LORA") != "1"
 
 
-def _load(model_dir: Path | str, batch_size: int, *, is_cpu: bool, key: str) -> object:
+def _load_merged(model_dir: Path | str, adapter_dir: Path | None, batch_size: int) -> object:
+    key = f"{model_dir}|{adapter_dir}|{batch_size}|merged"
+    if adapter_dir is None or key in _loaded:
+        return _load(key, model_dir, batch_size)
+    with tempfile.TemporaryDirectory() as merged:
+        merge_adapter(model_dir, adapter_dir, merged)
+        return _load(key, merged, batch_size)
+
+
+def _load(key: str, model_dir: Path | str, batch_size: int) -> object:
     """The model, from this process's memory where it is the one loaded last."""
     if key in _loaded:
         return _loaded[key]
@@ -118,7 +119,7 @@ def _load(model_dir: Path | str, batch_size: int, *, is_cpu: bool, key: str) -> 
         "enable_prefix_caching": True,
         "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
     }
-    if is_cpu:
+    if device_and_dtype()[0] != "cuda":
         for name, value in CPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         settings |= {
@@ -128,7 +129,7 @@ def _load(model_dir: Path | str, batch_size: int, *, is_cpu: bool, key: str) -> 
             "enable_chunked_prefill": False,  # a seeded request that is cut ends the engine
             "max_num_batched_tokens": BATCHED_TOKENS_CPU,
         }
-    else:
+    if not merges_adapters():
         settings |= {"enable_lora": True, "max_lora_rank": LORA_RANK_MAX, "max_loras": 3}
     from vllm import LLM
 

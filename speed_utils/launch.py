@@ -57,14 +57,9 @@ def launch(function: str, arguments: dict, out_dir: Path) -> None:
     job_path = out_dir / "job.json"
     write_text(job_path, json.dumps({"function": function, "arguments": arguments}))
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            str(Path(config_path).resolve()),
-        ),
-        *("--main_process_port", "0", "-m", "speed_utils.launch", str(job_path)),
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--config_file", str(Path(config_path).resolve()), "--main_process_port", "0"),
+        *("-m", "speed_utils.launch", str(job_path)),
     ]
     environment = dict(os.environ)
     if not torch.cuda.is_available():

@@ -141,6 +141,45 @@ def test_auto_takes_vllm_where_it_is_installed(engine):
     assert chosen.name == engine.name and chosen.name.startswith("vllm|")
 
 
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Folders of two random LoRA adapters, named as the stages name theirs."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from speed_utils.training import lora_config
+
+    folders = []
+    for seed, stage in enumerate(("06_train_senior", "08_train_revisor")):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(resolve_model(BASE), dtype="float32")
+        config = lora_config(16)
+        config.init_lora_weights = False  # or the adapter would change nothing
+        folder = tmp_path_factory.mktemp("run") / stage / "training" / "adapter"
+        get_peft_model(model, config).save_pretrained(folder)
+        folders.append(folder)
+    return folders
+
+
+def test_adapters_on_one_base_write_what_merged_copies_write(adapters, monkeypatch):
+    messages = ({"role": "user", "content": "Tell where rivers end."},)
+    request = Request(id="r", messages=messages, max_tokens=12, temperature=0.0)
+    merged = []
+    for folder in (None, *adapters):
+        opened = open_engine("vllm", resolve_model(BASE), folder, batch_size=4)
+        merged += [completion.text for completion in opened.complete([request])]
+    assert len(set(merged)) == 3
+    monkeypatch.setenv("SPEED_VLLM_LORA", "1")
+    engines = [
+        open_engine("vllm", resolve_model(BASE), folder, batch_size=4)
+        for folder in (None, *adapters)
+    ]
+    assert len({id(opened.llm) for opened in engines}) == 1, "the base was loaded more than once"
+    texts = [completion.text for opened in engines for completion in opened.complete([request])]
+    assert texts == merged
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_engines_accept_and_reject_the_same_texts(engine, kind):
     from vllm.config import VllmConfig
