@@ -120,7 +120,8 @@ def test_two_processes_have_the_loss_and_gradients_of_one(model, tiny_model, tmp
     expected, gradients = value_and_gradients(model, whole, features, labels)
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    job = {"model": str(tiny_model), "tests": str(Path(__file__).parent), "out": str(tmp_path)}
+    folders = {"root": str(Path(__file__).parents[2]), "tests": str(Path(__file__).parent)}
+    job = {"model": str(tiny_model), "out": str(tmp_path), **folders}
     command = [
         *(
             sys.executable,
@@ -149,7 +150,7 @@ import json, sys
 import torch
 from accelerate import Accelerator
 job = json.loads(sys.argv[1])
-sys.path.insert(0, job["tests"])
+sys.path[:0] = [job["root"], job["tests"]]
 from test_contrastive_loss import TAU, batch
 from speed_utils.contrastive import build_embedder
 from speed_utils.contrastive_loss import ContrastiveLoss
