@@ -46,12 +46,12 @@ def launch(function: str, arguments: dict, out_dir: Path) -> None:
     Raises:
         LaunchError: there is no such file, or a process failed, and why.
     """
-    import torch
-
     config_path = os.environ.get(CONFIG_VARIABLE)
     if not config_path:
         call(function, arguments)
         return
+    import torch
+
     if not Path(config_path).is_file():
         raise LaunchError(f"the accelerate config {config_path} is not there; see data/accelerate")
     job_path = out_dir / "job.json"

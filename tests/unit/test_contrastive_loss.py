@@ -1,9 +1,5 @@
 """The loss against its definition in numpy, in pieces and over two processes."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +8,8 @@ import torch
 
 from speed_utils.contrastive import build_embedder
 from speed_utils.contrastive_loss import ContrastiveLoss, length_groups, text_labels
+from speed_utils.launch import CONFIG_VARIABLE, launch
 
-CONFIG = Path(__file__).parents[2] / "data" / "accelerate" / "two_processes.yaml"
 TAU = 0.05
 ANCHORS = ["q one", "q two " * 9, "q three", "q four", "q five " * 3, "q six"]
 POSITIVES = ["p one", "p two", "the same text", "p four " * 12, "the same text", "p six"]
@@ -114,30 +110,14 @@ def test_groups_cover_all_texts_once():
         assert [i for group in groups for i in group] == list(range(len(lengths)))
 
 
-def test_two_processes_have_the_loss_and_gradients_of_one(model, tiny_model, tmp_path):
+def test_two_processes_have_the_loss_and_gradients_of_one(model, tiny_model, tmp_path, monkeypatch):
     features, labels = batch(model)
     whole = ContrastiveLoss(model, temperature=TAU, mini_batch_tokens=10_000)
     expected, gradients = value_and_gradients(model, whole, features, labels)
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    folders = {"root": str(Path(__file__).parents[2]), "tests": str(Path(__file__).parent)}
-    job = {"model": str(tiny_model), "out": str(tmp_path), **folders}
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            "2",
-        ),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--main_process_port", "0", str(script)),
-        json.dumps(job),
-    ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}  # gloo
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setenv(CONFIG_VARIABLE, "data/accelerate/two_processes.yaml")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the processes find this
+    arguments = {"model_dir": str(tiny_model), "out_dir": str(tmp_path)}
+    launch("test_contrastive_loss:save_loss_of_a_half", arguments, tmp_path)
     for saved in torch.load(tmp_path / "gradients.pt"):
         assert saved["loss"] == pytest.approx(expected, abs=1e-5)
         assert saved["gradients"].keys() == gradients.keys()
@@ -145,31 +125,21 @@ def test_two_processes_have_the_loss_and_gradients_of_one(model, tiny_model, tmp
             assert torch.allclose(gradient, saved["gradients"][name], atol=1e-5), name
 
 
-WORKER = """
-import json, sys
-import torch
-from accelerate import Accelerator
-job = json.loads(sys.argv[1])
-sys.path[:0] = [job["root"], job["tests"]]
-from test_contrastive_loss import TAU, batch
-from speed_utils.contrastive import build_embedder
-from speed_utils.contrastive_loss import ContrastiveLoss
-accelerator = Accelerator()
-assert accelerator.num_processes == 2
-model = build_embedder(job["model"], 48)
-rows = range(3) if accelerator.process_index == 0 else range(3, 6)
-features, labels = batch(model, rows)
-wrapped = accelerator.prepare(model)
-found = []
-for mini_batch_tokens in (10_000, 30):
-    model.zero_grad()
-    loss = ContrastiveLoss(wrapped, temperature=TAU, mini_batch_tokens=mini_batch_tokens)
-    value = loss([dict(column) for column in features], labels)
-    value.backward()
-    mean = accelerator.reduce(value.detach(), "mean").item()
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    found.append({"loss": mean, "gradients": gradients})
-if accelerator.is_main_process:
-    torch.save(found, job["out"] + "/gradients.pt")
-accelerator.wait_for_everyone()
-"""
+def save_loss_of_a_half(model_dir, out_dir):
+    """What each of the two processes does: three of the six rows."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    assert accelerator.num_processes == 2
+    model = build_embedder(model_dir, 48)
+    features, labels = batch(model, ALL_ROWS[:3] if accelerator.is_main_process else ALL_ROWS[3:])
+    wrapped = accelerator.prepare(model)
+    found = []
+    for mini_batch_tokens in (10_000, 30):
+        loss = ContrastiveLoss(wrapped, temperature=TAU, mini_batch_tokens=mini_batch_tokens)
+        value, gradients = value_and_gradients(model, loss, features, labels)
+        mean = accelerator.reduce(torch.tensor(value), "mean").item()
+        found.append({"loss": mean, "gradients": gradients})
+    if accelerator.is_main_process:
+        torch.save(found, f"{out_dir}/gradients.pt")
+    accelerator.wait_for_everyone()
