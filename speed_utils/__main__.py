@@ -102,13 +102,14 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _data_check(options: argparse.Namespace) -> int:
-    from speed_utils.data_check import check_data, mteb_texts, overlap_faults
+    from speed_utils.data_check import check_data, mteb_texts, overlap_faults, teacher_counts
 
     faults = check_data()
     for name in options.mteb:
         faults += overlap_faults(mteb_texts([name]), name)
     for fault in faults:
         print(f"  {fault.file}  {fault.record}: {fault.what}")
+    print(", ".join(f"{name} {count}" for name, count in teacher_counts().items()))
     print(f"{len(faults)} faults")
     return int(bool(faults))
 

@@ -65,6 +65,16 @@ def check_data(teacher_dir: Path = TEACHER_DIR, benchmark_dir: Path = BENCHMARK_
     return faults
 
 
+def teacher_counts(teacher_dir: Path = TEACHER_DIR) -> dict[str, int]:
+    """How many records there are, judged lists without a decision, and revisions that change."""
+    names = ("brainstorm", "seed", "preferences", "revisions")
+    rows = {name: read_rows(teacher_dir / f"{name}.jsonl") for name in names}
+    return {name: len(rows[name]) for name in names} | {
+        "preferences_undecided": sum(not _is_decided(row) for row in rows["preferences"]),
+        "revisions_unchanged": sum(not _is_changed(row) for row in rows["revisions"]),
+    }
+
+
 def overlap_faults(
     evaluation_texts: Iterable[str], name: str, teacher_dir: Path = TEACHER_DIR
 ) -> list[Fault]:
@@ -163,11 +173,19 @@ def _preference_faults(row: dict) -> list[str]:
     faults = [] if n_texts == 5 else [f"{n_texts} texts"]
     if not {answer["best"], answer["worst"]} <= set(range(n_texts)):
         faults.append("best or worst points outside the list")
-    elif row["texts"][answer["best"]] == row["texts"][answer["worst"]]:
+    elif _is_decided(row) and row["texts"][answer["best"]] == row["texts"][answer["worst"]]:
         faults.append("best and worst are the same text")
     if len(answer["reason"].split()) < 5:
         faults.append("no reason")
     return faults
+
+
+def _is_decided(row: dict) -> bool:
+    return row["answer"]["best"] != row["answer"]["worst"]
+
+
+def _is_changed(row: dict) -> bool:
+    return json.loads(row["root"]) != row["answer"]["revision"]
 
 
 def _revision_faults(row: dict) -> list[str]:
@@ -177,7 +195,7 @@ def _revision_faults(row: dict) -> list[str]:
         parsed = _parsed(row, text)
         if isinstance(parsed, Rejection):
             faults.append(f"{name}: {parsed.reason}")
-        elif name == "revision" and json.loads(text) != json.loads(row["root"]):
+        elif name == "revision" and _is_changed(row):
             faults += slot_violations(parsed)
     return faults
 

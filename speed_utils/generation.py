@@ -65,7 +65,10 @@ def generate(
         _take_over(store, Path(store_path), set(keys))
         known = {key for key in keys if store.get(key) is not None}
         done = set(known)
-        with tqdm(total=len(requests), initial=len(known), desc=title, unit="req") as bar:
+        # smoothing 0: a whole batch is reported at once, and a moving average would run away
+        with tqdm(
+            total=len(requests), initial=len(known), desc=title, unit="req", smoothing=0
+        ) as bar:
             for batch in _batches(requests, engine, blocks):
                 missing = [request for request in batch if key_of[id(request)] not in done]
                 if not missing:

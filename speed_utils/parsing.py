@@ -118,7 +118,7 @@ def parse_tasks(text: str) -> list[str]:
 
 
 def parse_preference(text: str, candidates: Candidates, *, stage: str) -> Preference | Rejection:
-    """Parse the teacher's judgement; best and worst must differ and lie in the list."""
+    """Parse the teacher's judgement; the same index for both is a rejection, undecided."""
     try:
         value = parse_object(text, ("reason", "best", "worst"))
         reason = _text(value, "reason")
@@ -128,7 +128,7 @@ def parse_preference(text: str, candidates: Candidates, *, stage: str) -> Prefer
         if not all(0 <= i < len(candidates.texts) for i in indices):
             raise ParseError(f"index outside the list: {indices}")
         if indices[0] == indices[1]:
-            raise ParseError("no preference: best equals worst")
+            raise ParseError("undecided: best equals worst")
     except ParseError as error:
         return Rejection(id=candidates.id, stage=stage, reason=str(error), raw=text)
     return Preference(

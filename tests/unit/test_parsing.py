@@ -86,7 +86,7 @@ LIST = Candidates(id="c", kind="sts", topic="t", task="x", slots={}, texts=["a",
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ({"reason": "r", "best": 1, "worst": 1}, "no preference"),
+        ({"reason": "r", "best": 1, "worst": 1}, "undecided"),
         ({"reason": "r", "best": 3, "worst": 1}, "index outside"),
         ({"reason": "r", "best": -1, "worst": 1}, "index outside"),
         ({"reason": "r", "best": True, "worst": 0}, "not an index"),

@@ -136,6 +136,23 @@ def test_the_engine_obeys_schema_and_seeds(engine, tmp_path):
     assert first == [completion.text for completion in engine.complete(same)]
 
 
+def test_an_abandoned_batch_leaves_nothing_in_the_engine(engine):
+    requests = example_requests(prompts(6), seed=3, temperature=0.7)
+    stream = engine.complete(requests)
+    first = next(stream)
+    assert first.id in {request.id for request in requests}
+    stream.close()  # as an interrupted cell does
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    answers = list(engine.complete(requests[:3]))
+    assert {answer.id for answer in answers} == {"p0", "p1", "p2"}
+    assert all(
+        answer.key == request.key(engine.name)
+        for request in requests
+        for answer in answers
+        if answer.id == request.id
+    )
+
+
 def test_auto_takes_vllm_where_it_is_installed(engine):
     chosen = open_engine("auto", resolve_model(BASE), batch_size=16)
     assert chosen.name == engine.name and chosen.name.startswith("vllm|")
