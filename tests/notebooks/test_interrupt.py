@@ -29,6 +29,8 @@ def test_answers_under_way_are_kept_and_not_asked_again(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # What a shell starts with & ignores SIGINT, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and not server.in_flight:
         time.sleep(0.1)
