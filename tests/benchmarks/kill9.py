@@ -124,13 +124,18 @@ def _execute(outputs: Path, stage: str, server: FakeOpenAI, seconds: float | Non
                 other.kill()
         process.wait()
         return 1
-    assert process.returncode == 0, process.stderr.read().decode()[-2000:]
+    assert process.returncode == 0, _errors(outputs).read_text()[-2000:]
     return 0
 
 
 def _command(outputs: Path, server: FakeOpenAI, *arguments: str) -> None:
     process = _start(outputs, server, *arguments)
-    assert process.wait() == 0, process.stderr.read().decode()[-2000:]
+    assert process.wait() == 0, _errors(outputs).read_text()[-2000:]
+
+
+def _errors(outputs: Path) -> Path:
+    """Where a run's progress bars go: a pipe would fill, and stop the run."""
+    return outputs.with_suffix(".stderr")
 
 
 def _start(outputs: Path, server: FakeOpenAI, *arguments: str) -> subprocess.Popen:
@@ -141,14 +146,15 @@ def _start(outputs: Path, server: FakeOpenAI, *arguments: str) -> subprocess.Pop
         *("-p", f"09_synthesize.engine=openai@{server.url}"),
         *("-p", "09_synthesize.n_examples=600", *arguments),
     ]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT_DIR,
-        env={**os.environ, "SPEED_OUTPUTS": str(outputs)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    with _errors(outputs).open("wb") as errors:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT_DIR,
+            env={**os.environ, "SPEED_OUTPUTS": str(outputs)},
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+        )
 
 
 def _artifact(outputs: Path, stage: str, file: str) -> bytes:
