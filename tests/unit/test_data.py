@@ -75,12 +75,14 @@ def test_the_seed_mixture_is_near_the_papers():
 
 
 def test_judgements_point_into_their_lists_and_give_a_reason():
+    n_decided = 0
     for row in rows("preferences"):
         answer = row["answer"]
         assert len(row["texts"]) == 5
         assert {answer["best"], answer["worst"]} <= set(range(5))
-        assert answer["best"] != answer["worst"] and len(answer["reason"].split()) >= 5
-    assert len(rows("preferences")) >= 30
+        assert len(answer["reason"].split()) >= 5
+        n_decided += answer["best"] != answer["worst"]
+    assert len(rows("preferences")) >= 250 and n_decided >= 200
 
 
 def test_revisions_are_valid_and_some_leave_the_root_alone():

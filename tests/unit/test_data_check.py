@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from speed_utils.__main__ import main
-from speed_utils.data_check import check_data, overlap_faults, read_rows
+from speed_utils.data_check import check_data, overlap_faults, read_rows, teacher_counts
 from speed_utils.records import STS_TASK
 from speed_utils.teacher import TEACHER_DIR
 
@@ -30,6 +30,30 @@ def test_the_bundled_data_has_no_fault(capsys):
     assert check_data() == []
     assert main(["data", "check"]) == 0
     assert "0 faults" in capsys.readouterr().out
+
+
+def test_what_is_undecided_or_unchanged_is_counted_and_no_fault(teacher_dir):
+    before = teacher_counts(teacher_dir)
+    assert before["seed"] >= 1000 and before["brainstorm"] >= 800
+    assert before["preferences"] >= 250 and before["revisions"] >= 400
+    for best in (0, 2):  # decided, then undecided
+        decided = teacher_counts(teacher_dir)["preferences_undecided"]
+        change(
+            teacher_dir,
+            "preferences.jsonl",
+            "sts",
+            lambda r, best=best: r["answer"].update(best=best, worst=2),
+        )
+    change(
+        teacher_dir,
+        "revisions.jsonl",
+        "sts",
+        lambda r: r["answer"].update(revision=json.loads(r["root"])),
+    )
+    after = teacher_counts(teacher_dir)
+    assert check_data(teacher_dir) == []
+    assert after["preferences_undecided"] == decided + 1
+    assert after["revisions_unchanged"] == before["revisions_unchanged"] + 1
 
 
 @pytest.mark.parametrize(
