@@ -66,18 +66,15 @@ class VllmEngine:
             use_tqdm=False,
         )
         # An id of the queue is that of the output and a suffix.
-        waiting = {
-            id_.rpartition("-")[0]: (id_, request)
-            for id_, request in zip(queued, batch, strict=True)
-        }
+        ids = (id_.rpartition("-")[0] for id_ in queued)
+        waiting = dict(zip(ids, batch, strict=True))
         try:
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:
-                        _, request = waiting.pop(output.request_id)
-                        yield self._completion(request, output)
+                        yield self._completion(waiting.pop(output.request_id), output)
         finally:
-            engine.abort_request([id_ for id_, _ in waiting.values()], internal=True)
+            engine.abort_request(list(waiting))
 
     def _completion(self, request: Request, output: object) -> Completion:
         answer = output.outputs[0]

@@ -49,15 +49,16 @@ def main() -> None:
         shutil.copytree(folder / "calm", folder / "killed")
         n_kills = n_lost = n_again = 0
         for stage in STAGES:
-            _execute(folder / "calm", stage, server)
+            _run(folder / "calm", server, "--only", stage)
             _asked.clear()
             rng = random.Random(stage)
             tries_when_stored: dict[str, int] = {}
             for _ in range(options.kills // len(STAGES)):
-                n_kills += _execute(folder / "killed", stage, server, rng.uniform(*RUN_SECONDS))
+                seconds = rng.uniform(*RUN_SECONDS)
+                n_kills += _run(folder / "killed", server, "--only", stage, seconds=seconds)
                 for mark in _stored(folder / "killed", stage):
                     tries_when_stored.setdefault(mark, _asked[mark])
-            _execute(folder / "killed", stage, server)
+            _run(folder / "killed", server, "--only", stage)
             stored = _stored(folder / "killed", stage)
             n_lost += len(set(tries_when_stored) - stored)
             n_again += sum(_asked[mark] > before for mark, before in tries_when_stored.items())
@@ -98,16 +99,32 @@ def _stored(outputs: Path, stage: str) -> set[str]:
 
 def _prepare(outputs: Path, server: FakeOpenAI) -> None:
     """Stages 01 and 02, and what 09 reads of the stages between: adapters that no one loads."""
-    _command(outputs, server, "--to", "02")
+    _run(outputs, server, "--to", "02")
     for stage in ("06_train_senior", "08_train_revisor"):
         adapter = outputs / "runs" / "kill" / "artifacts" / stage / "training" / "adapter"
         adapter.mkdir(parents=True)
         (adapter / "adapter_config.json").write_text("{}")
 
 
-def _execute(outputs: Path, stage: str, server: FakeOpenAI, seconds: float | None = None) -> int:
-    """Run one stage; with ``seconds``, kill it then. Returns how many kills it took: 0 or 1."""
-    process = _start(outputs, server, "--only", stage)
+def _run(outputs: Path, server: FakeOpenAI, *arguments: str, seconds: float | None = None) -> bool:
+    """Run stages; with ``seconds``, kill them then. Whether they were killed."""
+    command = [
+        *(sys.executable, "-m", "speed_utils", "run", "--profile", "smoke", "--run", "kill"),
+        *("-p", f"03_write_seed_data.teacher=openai:m@{server.url}"),
+        *("-p", "03_write_seed_data.n_examples=600"),
+        *("-p", f"09_synthesize.engine=openai@{server.url}"),
+        *("-p", "09_synthesize.n_examples=600", *arguments),
+    ]
+    errors_path = outputs.with_suffix(".stderr")  # a pipe would fill with progress bars, and block
+    with errors_path.open("wb") as errors:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT_DIR,
+            env={**os.environ, "SPEED_OUTPUTS": str(outputs)},
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+        )
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -116,38 +133,9 @@ def _execute(outputs: Path, stage: str, server: FakeOpenAI, seconds: float | Non
             if (other.info["environ"] or {}).get("SPEED_OUTPUTS") == str(outputs):
                 other.kill()
         process.wait()
-        return 1
-    assert process.returncode == 0, _errors(outputs).read_text()[-2000:]
-    return 0
-
-
-def _command(outputs: Path, server: FakeOpenAI, *arguments: str) -> None:
-    process = _start(outputs, server, *arguments)
-    assert process.wait() == 0, _errors(outputs).read_text()[-2000:]
-
-
-def _errors(outputs: Path) -> Path:
-    """Where a run's progress bars go: a pipe would fill, and stop the run."""
-    return outputs.with_suffix(".stderr")
-
-
-def _start(outputs: Path, server: FakeOpenAI, *arguments: str) -> subprocess.Popen:
-    command = [
-        *(sys.executable, "-m", "speed_utils", "run", "--profile", "smoke", "--run", "kill"),
-        *("-p", f"03_write_seed_data.teacher=openai:m@{server.url}"),
-        *("-p", "03_write_seed_data.n_examples=600"),
-        *("-p", f"09_synthesize.engine=openai@{server.url}"),
-        *("-p", "09_synthesize.n_examples=600", *arguments),
-    ]
-    with _errors(outputs).open("wb") as errors:
-        return subprocess.Popen(
-            command,
-            cwd=ROOT_DIR,
-            env={**os.environ, "SPEED_OUTPUTS": str(outputs)},
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            start_new_session=True,
-        )
+        return True
+    assert process.returncode == 0, errors_path.read_text()[-2000:]
+    return False
 
 
 def _artifact(outputs: Path, stage: str, file: str) -> bytes:
