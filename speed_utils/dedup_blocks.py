@@ -141,10 +141,12 @@ def duplicate_texts(table: pa.Table) -> pa.Array:
 
 def line_starts(data: bytes) -> np.ndarray:
     """Where each line begins, and the end of the data. Shape (lines + 1,), int64."""
-    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")) + 1
-    if not data.endswith(b"\n"):
-        ends = np.append(ends, len(data))
-    return np.concatenate([[0], ends])
+    starts = [0]
+    while (end := data.find(b"\n", starts[-1])) >= 0:  # faster than numpy's comparison
+        starts.append(end + 1)
+    if starts[-1] < len(data):
+        starts.append(len(data))
+    return np.array(starts, np.int64)
 
 
 def read_lines(path: Path, starts: np.ndarray, places: np.ndarray) -> bytes:

@@ -202,40 +202,45 @@ def _candidates(bands: Sequence[Path], ranks: np.ndarray, start: int | None) -> 
 
 def _bucket_pairs(hashes: np.ndarray, ranks: np.ndarray, start: int | None) -> np.ndarray:
     """Pairs of examples of equal hash; ``ranks`` ascend."""
-    if not len(hashes):
-        return np.empty(0, np.uint64)
     bits = np.uint64(len(hashes).bit_length())
     keys = (hashes >> bits << bits) | np.arange(len(hashes), dtype=np.uint64)
     keys.sort()  # by hash, then by rank; much faster than argsort
-    places = (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
-    edges = np.flatnonzero(np.diff(keys >> bits)) + 1
-    bounds = np.concatenate([[0], edges, [len(keys)]])
-    sizes = np.diff(bounds)
-    ends = np.repeat(bounds[1:], sizes)
-    partners = np.arange(len(keys)) + 1  # where the later ones of each begin
-    if start is not None:
-        is_old = ranks[places] < start
-        n_old = np.add.reduceat(is_old.astype(np.int64), bounds[:-1])
-        first_new = np.repeat(bounds[:-1] + n_old, sizes)
-        partners = np.where(is_old, first_new, ends)
-    out = np.empty(int((ends - partners).sum()), np.uint64)
-    _fill_pairs(partners, ends, ranks[places], out)
-    one, two = split_pairs(out)
-    # The sort saw only the upper bits of each hash.
-    return out[_at(hashes, ranks, one) == _at(hashes, ranks, two)]
-
-
-def _at(hashes: np.ndarray, ranks: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    return hashes[np.searchsorted(ranks, wanted)]
+    split = -1 if start is None else start
+    n_pairs = _fill_pairs(keys, bits, hashes, ranks, split, np.empty(0, np.uint64))
+    out = np.empty(n_pairs, np.uint64)
+    _fill_pairs(keys, bits, hashes, ranks, split, out)
+    return out
 
 
 @nb.njit(cache=True, nogil=True)
-def _fill_pairs(partners, ends, ranks, out):
-    place = 0
-    for member in range(len(ends)):
-        for other in range(partners[member], ends[member]):
-            out[place] = (np.uint64(ranks[other]) << RANK_BITS) | np.uint64(ranks[member])
-            place += 1
+def _fill_pairs(keys, bits, hashes, ranks, split, out):
+    """Write the pairs to ``out``, or count them where it is too short for all; return how many.
+
+    A bucket is a run of keys of equal upper bits; the sort saw only those bits of a hash, so that
+    whole hashes are compared. From ``split`` on ranks are new; -1 pairs all.
+    """
+    index_bits = (np.uint64(1) << bits) - np.uint64(1)
+    n_pairs, first = 0, 0
+    for last in range(1, len(keys) + 1):
+        if last < len(keys) and keys[last] >> bits == keys[first] >> bits:
+            continue
+        n_old = last - first
+        if split >= 0 and n_old > 1:
+            n_old = 0
+            while first + n_old < last and ranks[keys[first + n_old] & index_bits] < split:
+                n_old += 1
+        for one in range(first, first + n_old):
+            earlier = keys[one] & index_bits
+            for two in range(one + 1 if split < 0 else first + n_old, last):
+                later = keys[two] & index_bits
+                if hashes[earlier] == hashes[later]:
+                    if n_pairs < len(out):
+                        out[n_pairs] = (np.uint64(ranks[later]) << RANK_BITS) | np.uint64(
+                            ranks[earlier]
+                        )
+                    n_pairs += 1
+        first = last
+    return n_pairs
 
 
 @nb.njit(cache=True, nogil=True)

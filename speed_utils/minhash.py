@@ -37,9 +37,7 @@ def signatures(
         Shape (texts, n_permutations), uint32: what ``datasketch.MinHash.update_batch`` gives with
         the low 32 bits of ``shingle_hash`` as its hash function and the same seed.
     """
-    out = np.empty((len(texts), n_permutations), np.uint32)
-    _sign(*_buffers(texts), *permutations(n_permutations), n_words, out)
-    return out
+    return _signed(texts, np.zeros(len(texts), np.uint64), n_permutations, n_words)[0]
 
 
 def permutations(n_permutations: int) -> tuple[np.ndarray, np.ndarray]:
@@ -66,11 +64,10 @@ def band_hashes(
         Bands, shape (n_bands, texts), uint64; fingerprints, shape (texts, 2), uint64: equal
         for texts of the same words and salt.
     """
-    signed = signatures(texts, n_permutations)
+    salt = salt.astype(np.uint64)
+    signed, prints = _signed(texts, salt, n_permutations, SHINGLE_WORDS)
     bands = np.empty((n_bands, len(texts)), np.uint64)
-    prints = np.empty((len(texts), 2), np.uint64)
-    _band(signed, salt.astype(np.uint64), n_rows, bands)
-    _fingerprint(*_buffers(texts), salt.astype(np.uint64), prints)
+    _band(signed, salt, n_rows, bands)
     return bands, prints
 
 
@@ -127,6 +124,16 @@ def shingle_hash(shingle: bytes) -> int:
             hashed = (hashed ^ value) * _MIX
             hashed ^= hashed >> np.uint64(32)
     return int(hashed)
+
+
+def _signed(
+    texts: pa.Array, salt: np.ndarray, n_permutations: int, n_words: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Signatures and fingerprints, from one pass over the words."""
+    signed = np.empty((len(texts), n_permutations), np.uint32)
+    prints = np.empty((len(texts), 2), np.uint64)
+    _sign(*_buffers(texts), salt, *permutations(n_permutations), n_words, signed, prints)
+    return signed, prints
 
 
 def _buffers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -197,7 +204,7 @@ def _word_room(offsets, first, last):
 
 
 @nb.njit(parallel=True, cache=True, nogil=True)
-def _sign(data, offsets, factors, summands, n_words, out):
+def _sign(data, offsets, salt, factors, summands, n_words, out, prints):
     n_texts, n_permutations = out.shape
     step = (n_texts + _CHUNKS - 1) // _CHUNKS
     for chunk in nb.prange(_CHUNKS):
@@ -214,6 +221,13 @@ def _sign(data, offsets, factors, summands, n_words, out):
                     lowest[k] = min(lowest[k], np.uint32(factors[k] * value + summands[k]))
             for k in range(n_permutations):
                 out[text, k] = lowest[k]
+            one, two = _START ^ salt[text], _FNV_START ^ salt[text]
+            for k in range(count):
+                one = (one ^ words[k]) * _MIX
+                one ^= one >> np.uint64(32)
+                two = (two + words[k]) * _FNV_PRIME
+                two ^= two >> np.uint64(29)
+            prints[text, 0], prints[text, 1] = one, two
 
 
 @nb.njit(parallel=True, cache=True, nogil=True)
@@ -226,24 +240,6 @@ def _band(signed, salt, n_rows, out):
                 value = (value ^ np.uint64(signed[text, k])) * _MIX
                 value ^= value >> np.uint64(29)
             out[band, text] = value
-
-
-@nb.njit(parallel=True, cache=True, nogil=True)
-def _fingerprint(data, offsets, salt, out):
-    n_texts = len(offsets) - 1
-    step = (n_texts + _CHUNKS - 1) // _CHUNKS
-    for chunk in nb.prange(_CHUNKS):
-        first, last = chunk * step, min(n_texts, (chunk + 1) * step)
-        words = np.empty(_word_room(offsets, first, last), np.uint64)
-        for text in range(first, last):
-            count = _words(data, offsets[text], offsets[text + 1], words)
-            one, two = _START ^ salt[text], _FNV_START ^ salt[text]
-            for k in range(count):
-                one = (one ^ words[k]) * _MIX
-                one ^= one >> np.uint64(32)
-                two = (two + words[k]) * _FNV_PRIME
-                two ^= two >> np.uint64(29)
-            out[text, 0], out[text, 1] = one, two
 
 
 @nb.njit(parallel=True, cache=True, nogil=True)
