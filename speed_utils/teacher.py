@@ -353,15 +353,21 @@ def read_revisions(
     return revisions, rejections
 
 
-def recorded_candidates(n_lists: int) -> list[Candidates]:
-    """The candidate lists that the recorded teacher judged; written by a junior of this study."""
-    rows = _mixed_rows(TEACHER_DIR / "preferences.jsonl")[:n_lists]
+def recorded_candidates(n_lists: int, document_words_max: int | None) -> list[Candidates]:
+    """The candidate lists that the recorded teacher judged; written by a junior of this study.
+
+    Those whose prompts ask for more words than ``document_words_max`` are left out (None: none).
+    """
+    rows = _mixed_rows(TEACHER_DIR / "preferences.jsonl", document_words_max)[:n_lists]
     return [Candidates(**_prompt_fields(row), texts=row["texts"]) for row in rows]
 
 
-def recorded_roots(n_roots: int) -> list[tuple[Prompted, str]]:
-    """The root examples that the recorded teacher revised; written by a junior of this study."""
-    rows = _mixed_rows(TEACHER_DIR / "revisions.jsonl")[:n_roots]
+def recorded_roots(n_roots: int, document_words_max: int | None) -> list[tuple[Prompted, str]]:
+    """The root examples that the recorded teacher revised; written by a junior of this study.
+
+    Those whose prompts ask for more words than ``document_words_max`` are left out (None: none).
+    """
+    rows = _mixed_rows(TEACHER_DIR / "revisions.jsonl", document_words_max)[:n_roots]
     return [(_prompted(row), row["root"]) for row in rows]
 
 
@@ -396,8 +402,9 @@ def _rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines() if line]
 
 
-def _mixed_rows(path: Path) -> list[dict]:
-    return sorted(_rows(path), key=lambda row: row["id"])  # ids are hashes: kinds are mixed
+def _mixed_rows(path: Path, document_words_max: int | None) -> list[dict]:
+    rows = [row for row in _rows(path) if _fits(row["slots"], document_words_max)]
+    return sorted(rows, key=lambda row: row["id"])  # ids are hashes: kinds are mixed
 
 
 def _recorded_answers(folder: Path) -> dict[str, str]:
