@@ -97,6 +97,17 @@ def test_revisions_are_valid_and_some_leave_the_root_alone():
     assert 0 < n_same < 0.5 * len(rows("revisions"))
 
 
+@pytest.mark.parametrize("name", ["brainstorm", "seed", "preferences", "revisions"])
+def test_datasets_loads_the_teacher_folder(name, tmp_path):
+    from datasets import load_dataset
+
+    loaded = load_dataset(
+        str(DATA_DIR / "teacher"), name, split="train", cache_dir=str(tmp_path)
+    ).to_list()
+    expected = rows(name)
+    assert [row["topic"] for row in loaded] == [row["topic"] for row in expected]
+
+
 @pytest.mark.parametrize("word", ["lorem ipsum", "as an ai", "[insert", "xxx"])
 def test_no_placeholder_text(word):
     for name in ("brainstorm", "seed", "revisions"):

@@ -62,10 +62,11 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(
     assert largest_difference({k: weights(calm)[k] for k in untrained}, dict(untrained)) > 1e-3
 
 
-def test_two_processes_train_the_model_of_one(tiny_model, examples, tmp_path, monkeypatch):
+@pytest.mark.parametrize("config", ["two_processes", "fsdp"])
+def test_two_processes_train_the_model_of_one(config, tiny_model, examples, tmp_path, monkeypatch):
     plan = EmbedderPlan(**PLAN, mini_batch_tokens=30)
     one = train_embedder(tiny_model, examples, tmp_path / "one", plan)
-    monkeypatch.setenv("SPEED_ACCELERATE", "data/accelerate/two_processes.yaml")
+    monkeypatch.setenv("SPEED_ACCELERATE", f"data/accelerate/{config}.yaml")
     two = train_embedder(tiny_model, examples, tmp_path / "two", plan)
     assert two.metrics["n_processes"] == 2 and not two.was_reused
     assert two.metrics["n_steps"] == one.metrics["n_steps"] == 12
