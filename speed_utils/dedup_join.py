@@ -205,19 +205,18 @@ def _bucket_pairs(hashes: np.ndarray, ranks: np.ndarray, start: int | None) -> n
     bits = np.uint64(len(hashes).bit_length())
     keys = (hashes >> bits << bits) | np.arange(len(hashes), dtype=np.uint64)
     keys.sort()  # by hash, then by rank; much faster than argsort
-    split = -1 if start is None else start
-    n_pairs = _fill_pairs(keys, bits, hashes, ranks, split, np.empty(0, np.uint64))
+    n_pairs = _fill_pairs(keys, bits, hashes, ranks, start, np.empty(0, np.uint64))
     out = np.empty(n_pairs, np.uint64)
-    _fill_pairs(keys, bits, hashes, ranks, split, out)
+    _fill_pairs(keys, bits, hashes, ranks, start, out)
     return out
 
 
 @nb.njit(cache=True, nogil=True)
-def _fill_pairs(keys, bits, hashes, ranks, split, out):
+def _fill_pairs(keys, bits, hashes, ranks, start, out):
     """Write the pairs to ``out``, or count them where it is too short for all; return how many.
 
     A bucket is a run of keys of equal upper bits; the sort saw only those bits of a hash, so that
-    whole hashes are compared. From ``split`` on ranks are new; -1 pairs all.
+    whole hashes are compared. From ``start`` on ranks are new; None pairs all.
     """
     index_bits = (np.uint64(1) << bits) - np.uint64(1)
     n_pairs, first = 0, 0
@@ -225,13 +224,13 @@ def _fill_pairs(keys, bits, hashes, ranks, split, out):
         if last < len(keys) and keys[last] >> bits == keys[first] >> bits:
             continue
         n_old = last - first
-        if split >= 0 and n_old > 1:
+        if start is not None and n_old > 1:
             n_old = 0
-            while first + n_old < last and ranks[keys[first + n_old] & index_bits] < split:
+            while first + n_old < last and ranks[keys[first + n_old] & index_bits] < start:
                 n_old += 1
         for one in range(first, first + n_old):
             earlier = keys[one] & index_bits
-            for two in range(one + 1 if split < 0 else first + n_old, last):
+            for two in range(one + 1 if start is None else first + n_old, last):
                 later = keys[two] & index_bits
                 if hashes[earlier] == hashes[later]:
                     if n_pairs < len(out):

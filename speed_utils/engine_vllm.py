@@ -59,22 +59,22 @@ class VllmEngine:
         """Answer one batch, in the order in which answers end; left early, the rest is dropped."""
         prompts = [render_chat(self.tokenizer, request.messages) for request in batch]
         engine = self.llm.llm_engine
-        queued = self.llm.enqueue(
-            prompts,
-            [sampling_of(request) for request in batch],
-            lora_request=self._lora,
-            use_tqdm=False,
-        )
-        # An id of the queue is that of the output and a suffix.
-        ids = (id_.rpartition("-")[0] for id_ in queued)
-        waiting = dict(zip(ids, batch, strict=True))
         try:
+            queued = self.llm.enqueue(
+                prompts,
+                [sampling_of(request) for request in batch],
+                lora_request=self._lora,
+                use_tqdm=False,
+            )
+            # An id of the queue is that of the output and, where vllm adds one, a suffix.
+            ids = (id_.rpartition("-")[0] or id_ for id_ in queued)
+            waiting = dict(zip(ids, batch, strict=True))
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:
                         yield self._completion(waiting.pop(output.request_id), output)
         finally:
-            engine.abort_request(list(waiting))
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
     def _completion(self, request: Request, output: object) -> Completion:
         answer = output.outputs[0]

@@ -21,6 +21,7 @@ from pathlib import Path
 from speed_utils.records import write_text
 
 CONFIG_VARIABLE = "SPEED_ACCELERATE"
+SPREADING = ("FSDP", "DEEPSPEED")  # accelerate's types that spread the weights of a model
 CAUSE = "training process failed: "  # begins the line by which a process tells why
 
 
@@ -44,7 +45,8 @@ def launch(function: str, arguments: dict, out_dir: Path) -> None:
         out_dir: where the arguments are left for the processes.
 
     Raises:
-        LaunchError: there is no such file, or a process failed, and why.
+        LaunchError: there is no such file, it is for GPUs and there are none, or a process failed,
+            and why.
     """
     config_path = os.environ.get(CONFIG_VARIABLE)
     if not config_path:
@@ -54,6 +56,8 @@ def launch(function: str, arguments: dict, out_dir: Path) -> None:
 
     if not Path(config_path).is_file():
         raise LaunchError(f"the accelerate config {config_path} is not there; see data/accelerate")
+    if not torch.cuda.is_available():
+        _assert_for_cpu(config_path)
     job_path = out_dir / "job.json"
     write_text(job_path, json.dumps({"function": function, "arguments": arguments}))
     command = [
@@ -85,6 +89,18 @@ def launch(function: str, arguments: dict, out_dir: Path) -> None:
         process.terminate()  # when interrupted; the launcher ends its processes
     if process.returncode:
         raise LaunchError(f"a process of the training ended with {process.returncode}: {cause}")
+
+
+def _assert_for_cpu(config_path: str) -> None:
+    """Accelerate would fall back to whole copies of the model, and say nothing."""
+    import yaml
+
+    kind = yaml.safe_load(Path(config_path).read_text()).get("distributed_type")
+    if kind in SPREADING:
+        raise LaunchError(
+            f"{config_path} ({kind}) needs GPUs: accelerate spreads a model over them only; "
+            "without one, take data/accelerate/two_processes.yaml"
+        )
 
 
 def call(function: str, arguments: dict) -> None:

@@ -5,17 +5,19 @@ python tests/benchmarks/baselines.py [--run-dir outputs/runs/laptop] [--seeds 1,
 
 Each arm makes a data set and trains the embedder on it as stage 11 of the run did: `teacher` takes
 recorded seed examples alone (one epoch of --teacher-examples), `teacher_same_size` as many as the
-aligned arm has, `instruct` lets the base model answer the data prompts under the schema, `aligned`
-lets senior and revisor answer the same prompts as stage 09 did. The seed decides prompts, sampling,
-and order and initialisation of the embedder; the generators' own training is the run's.
+aligned arm has, `instruct` lets the base model answer data prompts under the schema, `aligned` lets
+senior and revisor answer the same prompts, drawn as stage 09 would with this seed. The seed decides
+prompts, sampling, and order and initialisation of the embedder; the generators are the run's.
+Duplicates go, as in stage 10; overlap with the benchmark is not looked for.
 
-What is done stays in --out: killed, it goes on where it was.
+What is done stays in --out (half a GiB an arm and seed): killed, it goes on where it was.
 
 Prints one JSON object: for each arm its examples, and the scores of each seed with mean and
 standard deviation (x100): the bundled benchmark's mean, and the tasks of --mteb (a hub).
 """
 
 import argparse
+import hashlib
 import json
 import random
 import statistics
@@ -27,7 +29,7 @@ sys.path.insert(0, str(ROOT_DIR))
 
 from speed_utils.contrastive import EmbedderPlan, train_embedder  # noqa: E402
 from speed_utils.dedup import near_duplicates  # noqa: E402
-from speed_utils.models import resolve_model  # noqa: E402
+from speed_utils.models import folder_fingerprint, resolve_model  # noqa: E402
 from speed_utils.parsing import parse_example  # noqa: E402
 from speed_utils.records import (  # noqa: E402
     Example,
@@ -38,7 +40,6 @@ from speed_utils.records import (  # noqa: E402
 )
 
 ARMS = ("aligned", "instruct", "teacher_same_size", "teacher")
-THRESHOLD = 0.7  # of duplicates, as stage 10
 
 
 def main() -> None:
@@ -75,14 +76,15 @@ def _scores(arm: str, seed: int, options: argparse.Namespace) -> tuple[int, dict
     from speed_utils.benchmark_tasks import bundled_tasks
     from speed_utils.evaluation import evaluate, find_tasks, instructed
 
-    folder = options.out / f"{arm}-{seed}"
+    folder = _folder(arm, seed, options)
     examples = _examples(arm, seed, folder, options)
     values = _parameters(options.run_dir, "11_train_embedder") | {"seed": seed}
     base_dir = resolve_model(values.pop("embedder_model"))
     if arm == "teacher":
         values["epochs"] = 1.0
     training = train_embedder(base_dir, examples, folder / "training", EmbedderPlan(**values))
-    model = instructed(SentenceTransformer(str(training.model_dir)), f"{arm}-{seed}", "1")
+    revision = folder_fingerprint(training.model_dir)
+    model = instructed(SentenceTransformer(str(training.model_dir)), f"{arm}-{seed}", revision)
     bundled = bundled_tasks()
     tasks = bundled + find_tasks([name for name in options.mteb.split(",") if name])
     table = evaluate(model, tasks, folder / "results")
@@ -94,6 +96,20 @@ def _scores(arm: str, seed: int, options: argparse.Namespace) -> tuple[int, dict
     return len(examples), scores | {"bundled_mean": statistics.mean(own)}
 
 
+def _folder(arm: str, seed: int, options: argparse.Namespace) -> Path:
+    """Where an arm's work is kept, named by what decides it."""
+    records = [
+        json.loads((options.run_dir / "stages" / f"{stage}.json").read_text(encoding="utf8"))
+        for stage in ("06_train_senior", "08_train_revisor", "09_synthesize", "11_train_embedder")
+    ]
+    decides = [
+        options.teacher_examples if arm == "teacher" else 0,
+        *([record["parameters"], record["inputs"]] for record in records),
+    ]
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
+    return options.out / f"{arm}-{seed}-{key}"
+
+
 def _examples(arm: str, seed: int, folder: Path, options: argparse.Namespace) -> list[Example]:
     path = folder / "dataset.jsonl"
     if path.is_file():
@@ -101,11 +117,12 @@ def _examples(arm: str, seed: int, folder: Path, options: argparse.Namespace) ->
     if arm == "teacher":
         examples = _teacher_examples(options.teacher_examples, seed)
     elif arm == "teacher_same_size":
-        size = len(_examples("aligned", seed, options.out / f"aligned-{seed}", options))
+        size = len(_examples("aligned", seed, _folder("aligned", seed, options), options))
         examples = _teacher_examples(size, seed)
     else:
         examples = _synthesized(arm == "aligned", seed, folder, options.run_dir)
-    repeated = {removal.id for removal in near_duplicates(examples, THRESHOLD)}
+    threshold = _parameters(options.run_dir, "10_deduplicate")["threshold"]
+    repeated = {removal.id for removal in near_duplicates(examples, threshold)}
     examples = [example for example in examples if example.id not in repeated]
     write_records(path, examples)
     return examples
@@ -122,6 +139,7 @@ def _teacher_examples(n_examples: int, seed: int) -> list[Example]:
         )
         for row in rows
     ]
+    assert all(isinstance(example, Example) for example in examples), "see: data check"
     return random.Random(seed).sample(examples, min(n_examples, len(examples)))
 
 

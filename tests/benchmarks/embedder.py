@@ -1,11 +1,11 @@
 """Embedder training steps at growing batches, against sentence-transformers' plain loss.
 
-python tests/benchmarks/embedder.py [--batches 64,512,1536] [--tokens-max 64] [--model DIR]
+python tests/benchmarks/embedder.py [--batches 64,512,1536] [--tokens-max 128] [--model DIR]
 
 Both train the same model with the same LoRA on the same triplets of data/teacher in the same order,
 each batch size in a process of its own: ours with ContrastiveLoss and --mini-batch-tokens, the
 peer with MultipleNegativesRankingLoss and its defaults. Without --model it is a small random one
-(six layers, hidden size 256, the study's tokenizer), which a CPU can train at a batch of 1,536.
+(four layers, hidden size 128, the study's tokenizer), which a CPU can train at a batch of 1,536.
 
 Prints one JSON object: ratio_tokens_per_second (ours over the peer's at the largest batch that the
 peer could hold in --peer-gib; tokens of texts, without padding), memory_growth (our peak at the
@@ -33,9 +33,9 @@ def main() -> None:
     """Run each batch size of each in a process, and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batches", default="64,512,1536")
-    parser.add_argument("--tokens-max", type=int, default=64)
+    parser.add_argument("--tokens-max", type=int, default=128)
     parser.add_argument("--mini-batch-tokens", type=int, default=8192)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--model", help="folder of a model; default: small and random")
     parser.add_argument("--peer-gib", type=float, default=12.0, help="memory the peer may take")
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -84,9 +84,9 @@ def _random_model(folder: Path) -> str:
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(BASE))
     config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=len(tokenizer),

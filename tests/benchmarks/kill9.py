@@ -1,6 +1,6 @@
 """Kill -9 at random moments of 03 and 09, run again, and compare with an undisturbed run.
 
-python tests/benchmarks/kill9.py [--kills 30]
+python tests/benchmarks/kill9.py [--tries 30]
 
 A server on loopback is the teacher of 03 and serves the generators of 09. Prints one JSON object:
 kills, lost (answers that were in a store after a kill, and in none at the end), asked_again
@@ -39,7 +39,7 @@ _asked: Counter[str] = Counter()  # requests by the mark of their question
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--tries", type=int, default=30)
     options = parser.parse_args()
     os.environ["OPENAI_API_KEY"] = "sk-benchmark"
     server = FakeOpenAI(latency=0.6, answer=_marked_answer)
@@ -53,7 +53,7 @@ def main() -> None:
             _asked.clear()
             rng = random.Random(stage)
             tries_when_stored: dict[str, int] = {}
-            for _ in range(options.kills // len(STAGES)):
+            for _ in range(options.tries // len(STAGES)):
                 seconds = rng.uniform(*RUN_SECONDS)
                 n_kills += _run(folder / "killed", server, "--only", stage, seconds=seconds)
                 for mark in _stored(folder / "killed", stage):

@@ -49,7 +49,7 @@ def record(folder: Path, stage: str) -> dict:
 def test_kill_9_in_the_middle_of_09_loses_nothing(folder):
     """Everything up to 09 runs, 09 is killed while the senior writes."""
     process = subprocess.Popen(
-        [*COMMAND, "-p", "09_synthesize.batch_size=8"],
+        [*COMMAND, "-p", "09_synthesize.batch_size=3"],
         cwd=ROOT_DIR,
         env=environment(folder),
         stdout=subprocess.DEVNULL,
@@ -65,14 +65,15 @@ def test_kill_9_in_the_middle_of_09_loses_nothing(folder):
     process.wait()
     _kill_kernels_of(folder)
     before = store.read_bytes()
+    n_asked = load_profile("smoke").stages["09_synthesize"]["n_examples"]
+    assert 0 < before.count(b"\n") < n_asked, "it was not killed in the middle"
     assert not (folder / "runs" / "smoke" / "stages" / "09_synthesize.json").exists()
-    result = run(folder, "-p", "09_synthesize.batch_size=8")
+    result = run(folder, "-p", "09_synthesize.batch_size=3")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     after = store.read_bytes()
     whole_lines = before[: before.rfind(b"\n") + 1].splitlines()
     assert set(whole_lines) <= set(after.splitlines()), "finished requests were asked again"
     keys = [json.loads(line)["key"] for line in after.splitlines()]
-    n_asked = load_profile("smoke").stages["09_synthesize"]["n_examples"]
     assert len(keys) == len(set(keys)) == n_asked
     assert "up to date" in result.stdout, "stages before 09 were executed again"
 
@@ -124,7 +125,7 @@ def test_three_models_were_scored_by_mteb(folder):
 
 def test_a_second_run_executes_nothing_and_is_quick(folder):
     started = time.time()
-    result = run(folder, "-p", "09_synthesize.batch_size=8")
+    result = run(folder, "-p", "09_synthesize.batch_size=3")
     assert result.returncode == 0
     assert f"0 stages executed, {len(stage_names())} up to date" in result.stdout
     assert time.time() - started < 15

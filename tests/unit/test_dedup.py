@@ -2,8 +2,10 @@ import json
 import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from itertools import combinations
 from multiprocessing import get_context
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from datasketch import MinHash
@@ -319,3 +321,25 @@ def test_the_closest_pair_is_found_within_a_kind(make_example):
     assert (left, right) == ("a", "b")
     assert 0 < similarity < 1
     assert closest_pair(examples[2:]) is None
+
+
+@pytest.mark.parametrize("start", [None, 0, 5, 10])
+def test_pairs_of_a_bucket_have_equal_whole_hashes(start):
+    hashes = np.array([8, 9, 8, 16, 9, 8], np.uint64)  # 8 and 9 differ in bits that sorting drops
+    ranks = np.array([0, 2, 3, 5, 7, 9])
+    expected = {
+        (int(ranks[one]), int(ranks[two]))
+        for one, two in combinations(range(6), 2)
+        if hashes[one] == hashes[two] and (start is None or ranks[one] < start <= ranks[two])
+    }
+    pairs = dedup_join._bucket_pairs(hashes, ranks, start)
+    found = list(zip(*(part.tolist() for part in dedup_join.split_pairs(pairs)), strict=True))
+    assert set(found) == expected and len(found) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("data", "starts"),
+    [(b"", [0]), (b"a", [0, 1]), (b"a\n", [0, 2]), (b"\n\na", [0, 1, 2, 3]), (b"\n", [0, 1])],
+)
+def test_lines_start_after_line_ends(data, starts):
+    assert dedup_blocks.line_starts(data).tolist() == starts

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
@@ -62,11 +63,10 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(
     assert largest_difference({k: weights(calm)[k] for k in untrained}, dict(untrained)) > 1e-3
 
 
-@pytest.mark.parametrize("config", ["two_processes", "fsdp"])
-def test_two_processes_train_the_model_of_one(config, tiny_model, examples, tmp_path, monkeypatch):
+def test_two_processes_train_the_model_of_one(tiny_model, examples, tmp_path, monkeypatch):
     plan = EmbedderPlan(**PLAN, mini_batch_tokens=30)
     one = train_embedder(tiny_model, examples, tmp_path / "one", plan)
-    monkeypatch.setenv("SPEED_ACCELERATE", f"data/accelerate/{config}.yaml")
+    monkeypatch.setenv("SPEED_ACCELERATE", "data/accelerate/two_processes.yaml")
     two = train_embedder(tiny_model, examples, tmp_path / "two", plan)
     assert two.metrics["n_processes"] == 2 and not two.was_reused
     assert two.metrics["n_steps"] == one.metrics["n_steps"] == 12
@@ -84,6 +84,14 @@ def test_a_failed_process_is_told_with_its_cause(tiny_model, examples, tmp_path,
     monkeypatch.setenv("SPEED_ACCELERATE", "nowhere.yaml")
     with pytest.raises(LaunchError, match=r"nowhere.yaml is not there; see data/accelerate"):
         train_embedder(tiny_model, examples, tmp_path / "none", EmbedderPlan(**PLAN))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("config", ["fsdp", "zero3"])
+def test_a_model_is_not_spread_without_gpus(config, tiny_model, examples, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEED_ACCELERATE", f"data/accelerate/{config}.yaml")
+    with pytest.raises(LaunchError, match=f"{config}.yaml .* needs GPUs.*two_processes.yaml"):
+        train_embedder(tiny_model, examples, tmp_path / "spread", EmbedderPlan(**PLAN))
 
 
 def test_bidirectional_attention_is_kept_by_the_saved_model(tiny_model, examples, tmp_path):

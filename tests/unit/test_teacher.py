@@ -4,12 +4,14 @@ import pytest
 
 from speed_utils.engines import EngineError, Request
 from speed_utils.generation import generate
-from speed_utils.prompts import answer_schema
+from speed_utils.prompts import answer_schema, words_bound
 from speed_utils.records import KINDS, Task
 from speed_utils.teacher import (
     RecordedTeacher,
     kind_counts,
     open_teacher,
+    recorded_candidates,
+    recorded_roots,
     recorded_topics,
     sample_prompts,
     seed_prompts,
@@ -74,3 +76,15 @@ def test_the_recorded_teacher_answers_its_own_prompts_and_no_others(tmp_path):
     assert all(answer.cached for answer in answers)
     with pytest.raises(EngineError, match="no answer to request r0"):
         generate(requests_for(1), RecordedTeacher(), tmp_path / "s.jsonl")
+
+
+def test_recorded_lists_and_roots_fit_the_words_asked_for():
+    for recorded in (
+        recorded_candidates,
+        lambda n, most: [prompted for prompted, _ in recorded_roots(n, most)],
+    ):
+        everything, short = recorded(10_000, None), recorded(10_000, 25)
+        least = [words_bound(item.slots.get("num_words"))[0] for item in everything]
+        assert max(least) > 25
+        assert short == [item for item, n in zip(everything, least, strict=True) if n <= 25]
+        assert recorded(5, 25) == short[:5]
