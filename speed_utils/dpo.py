@@ -77,7 +77,8 @@ def train_dpo(
 
     Returns:
         The training; metrics heldout_accuracy and heldout_margin (implicit reward of chosen minus
-        rejected, in nats times beta), heldout_loss, train_seconds, n_rows, n_left_out.
+        rejected, in nats times beta), heldout_loss, train_seconds, n_rows, n_left_out, n_heldout
+        (the held-out pairs that were short enough).
 
     Raises:
         TrainingError: no row fits plan.tokens_max.
@@ -150,5 +151,6 @@ def train_here(
         "train_seconds": result.metrics["train_runtime"],
         "n_rows": len(fitting),
         "n_left_out": len(rows) - len(fitting),
+        "n_heldout": len(fitting_heldout),
     }
     save_training(trainer, out_dir, key, metrics)

@@ -115,13 +115,17 @@ def preferences():
 def test_dpo_starts_at_the_junior_and_learns_the_preference(tiny_model, junior, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     pairs = preference_rows(tokenizer, preferences())
+    long = {**pairs[0], "chosen": pairs[0]["chosen"] * 500}
     before = load_file(junior.adapter_dir / "adapter_model.safetensors")
     plan = DpoPlan(learning_rate=5e-3, epochs=3, batch_size=4, tokens_max=512, seed=1, beta=0.1)
-    senior = train_dpo(tiny_model, junior.adapter_dir, pairs[2:], pairs[:2], tmp_path / "s", plan)
+    senior = train_dpo(
+        tiny_model, junior.adapter_dir, pairs[2:], [*pairs[:2], long], tmp_path / "s", plan
+    )
     losses = [float(row["loss"]) for row in senior.history if "loss" in row]
     assert losses[0] == pytest.approx(np.log(2), abs=1e-2)
     assert senior.metrics["heldout_margin"] > 0
     assert senior.metrics["heldout_accuracy"] == 1.0
+    assert senior.metrics["n_heldout"] == 2, "the long one is left out"
     after = load_file(senior.adapter_dir / "adapter_model.safetensors")
     assert set(after) == set(before)
     assert all(not torch.equal(after[name], before[name]) for name in after)
