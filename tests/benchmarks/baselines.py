@@ -17,7 +17,6 @@ standard deviation (x100): the bundled benchmark's mean, and the tasks of --mteb
 """
 
 import argparse
-import hashlib
 import json
 import random
 import statistics
@@ -28,6 +27,7 @@ ROOT_DIR = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT_DIR))
 
 from speed_utils.contrastive import EmbedderPlan, train_embedder  # noqa: E402
+from speed_utils.data_check import read_rows  # noqa: E402
 from speed_utils.dedup import near_duplicates  # noqa: E402
 from speed_utils.models import folder_fingerprint, resolve_model  # noqa: E402
 from speed_utils.parsing import parse_example  # noqa: E402
@@ -36,8 +36,10 @@ from speed_utils.records import (  # noqa: E402
     Prompted,
     Task,
     read_records,
+    record_id,
     write_records,
 )
+from speed_utils.teacher import TEACHER_DIR, sample_prompts  # noqa: E402
 
 ARMS = ("aligned", "instruct", "teacher_same_size", "teacher")
 
@@ -98,15 +100,12 @@ def _scores(arm: str, seed: int, options: argparse.Namespace) -> tuple[int, dict
 
 def _folder(arm: str, seed: int, options: argparse.Namespace) -> Path:
     """Where an arm's work is kept, named by what decides it."""
-    records = [
-        json.loads((options.run_dir / "stages" / f"{stage}.json").read_text(encoding="utf8"))
-        for stage in ("06_train_senior", "08_train_revisor", "09_synthesize", "11_train_embedder")
-    ]
-    decides = [
+    stages = ("06_train_senior", "08_train_revisor", "09_synthesize", "11_train_embedder")
+    records = [_record(options.run_dir, stage) for stage in stages]
+    key = record_id(
         options.teacher_examples if arm == "teacher" else 0,
-        *([record["parameters"], record["inputs"]] for record in records),
-    ]
-    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
+        [[record["parameters"], record["inputs"]] for record in records],
+    )
     return options.out / f"{arm}-{seed}-{key}"
 
 
@@ -129,7 +128,6 @@ def _examples(arm: str, seed: int, folder: Path, options: argparse.Namespace) ->
 
 
 def _teacher_examples(n_examples: int, seed: int) -> list[Example]:
-    rows = map(json.loads, (ROOT_DIR / "data/teacher/seed.jsonl").open(encoding="utf8"))
     examples = [
         parse_example(
             json.dumps(row["answer"]),
@@ -137,7 +135,7 @@ def _teacher_examples(n_examples: int, seed: int) -> list[Example]:
             "teacher",
             stage="baselines",
         )
-        for row in rows
+        for row in read_rows(TEACHER_DIR / "seed.jsonl")
     ]
     assert all(isinstance(example, Example) for example in examples), "see: data check"
     return random.Random(seed).sample(examples, min(n_examples, len(examples)))
@@ -153,7 +151,6 @@ def _synthesized(is_aligned: bool, seed: int, folder: Path, run_dir: Path) -> li
         read_examples,
         revise_requests,
     )
-    from speed_utils.teacher import sample_prompts
 
     values = _parameters(run_dir, "09_synthesize")
     sampling = {name: values[name] for name in ("temperature", "top_p")}
@@ -188,10 +185,14 @@ def _synthesized(is_aligned: bool, seed: int, folder: Path, run_dir: Path) -> li
 
 
 def _parameters(run_dir: Path, stage: str) -> dict:
+    return _record(run_dir, stage)["parameters"]
+
+
+def _record(run_dir: Path, stage: str) -> dict:
     path = run_dir / "stages" / f"{stage}.json"
     if not path.is_file():
         raise SystemExit(f"{path} is not there; make study, or name a finished run with --run-dir")
-    return json.loads(path.read_text(encoding="utf8"))["parameters"]
+    return json.loads(path.read_text(encoding="utf8"))
 
 
 if __name__ == "__main__":
