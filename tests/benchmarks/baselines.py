@@ -100,12 +100,16 @@ def _scores(arm: str, seed: int, options: argparse.Namespace) -> tuple[int, dict
 
 def _folder(arm: str, seed: int, options: argparse.Namespace) -> Path:
     """Where an arm's work is kept, named by what decides it."""
-    stages = ("06_train_senior", "08_train_revisor", "09_synthesize", "11_train_embedder")
-    records = [_record(options.run_dir, stage) for stage in stages]
-    key = record_id(
-        options.teacher_examples if arm == "teacher" else 0,
-        [[record["parameters"], record["inputs"]] for record in records],
-    )
+    decides = [_parameters(options.run_dir, "11_train_embedder")]
+    if arm == "teacher":
+        decides.append(options.teacher_examples)
+    else:
+        decides.append(_parameters(options.run_dir, "09_synthesize"))
+        decides.append(_record(options.run_dir, "02_brainstorm_tasks")["outputs"])
+    if arm in ("aligned", "teacher_same_size"):
+        decides.append(_record(options.run_dir, "06_train_senior")["outputs"])
+        decides.append(_record(options.run_dir, "08_train_revisor")["outputs"])
+    key = record_id(*decides)
     return options.out / f"{arm}-{seed}-{key}"
 
 
