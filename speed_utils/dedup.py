@@ -17,9 +17,10 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import partial
-from itertools import combinations, islice
+from itertools import combinations, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 SHINGLE_WORDS = 5
 N_PERMUTATIONS = 128
 LSH_SLACK = 0.15  # LSH proposes from this much below the threshold: it loses fewer, Jaccard decides
-BLOCK_BYTES_MAX = 64 * 2**20  # of the input, read at once
-VERIFY_BYTES_MAX = 2**29  # of lines that are verified at once; Arrow's arrays end at 2 GiB
 
 Mapper = Callable[[Callable, Iterable], Iterable]
 
@@ -47,7 +46,8 @@ class DedupPlan:
         threshold: Jaccard similarity of word 5-grams from which on two are duplicates, (0, 1].
         n_permutations: of the MinHash.
         is_verified: whether exact Jaccard decides each proposed pair; without, LSH decides.
-        memory_gib: what blocks and verified pairs are sized for, beside 200 bytes an example.
+        memory_gib: what blocks, verified pairs and the number of threads are sized for, beside 200
+            bytes an example.
     """
 
     threshold: float = 0.7
@@ -156,7 +156,7 @@ def deduplicate_file(
     removed_path: Path,
     plan: DedupPlan = DedupPlan(),
     *,
-    mapper: Mapper = map,
+    mapper: Mapper | None = None,
 ) -> Deduplication:
     """Remove every example that nearly repeats an earlier kept one.
 
@@ -172,8 +172,8 @@ def deduplicate_file(
         kept_path: receives the kept lines, unchanged and in their order.
         removed_path: receives a Removal per line, groups together.
         plan: how duplicates are found.
-        mapper: applies a function to work items and yields results in order: ``map``, a process
-            pool's ``map``, or one over a cluster that shares the file system.
+        mapper: applies a function to blocks and yields results in order: ``map``, a process
+            pool's ``map``, or one over a cluster that shares the file system. None for threads.
 
     Raises:
         RecordError: a line is not an Example, or an id occurs twice.
@@ -181,29 +181,38 @@ def deduplicate_file(
     Paper: Section 4.1; ours is the order of ids and the exact verification.
     """
     from speed_utils import dedup_join as join
-    from speed_utils.dedup_blocks import block_spans, copy_lines, sign_block
+    from speed_utils.dedup_blocks import (
+        block_spans,
+        copy_lines,
+        sign_block,
+        threads_and_block_bytes,
+    )
 
     n_bands, n_rows = plan.bands()
-    work_dir = _work_dir(path, kept_path, [*astuple(plan), n_bands, n_rows])
-    memory_bytes = int(plan.memory_gib * 2**30)
-    spans = block_spans(path, min(BLOCK_BYTES_MAX, memory_bytes // 16))
+    n_threads, block_bytes = threads_and_block_bytes(plan.memory_gib)
+    work_dir = _work_dir(path, kept_path, [*astuple(plan), n_bands, n_rows, block_bytes])
     sign = partial(sign_block, path, plan.n_permutations, (n_bands, n_rows), work_dir)
-    blocks = list(mapper(sign, list(enumerate(spans))))
-    index = join.read_index(blocks)
-    repeated = index.repeated_id()
-    if repeated is not None:
-        raise RecordError(f"{path}: the id {repeated!r} occurs twice; ids must be distinct")
-    bands = join.write_bands(index, blocks, n_bands, work_dir)
-    marks = join.Marks(len(index.order))
-    n_candidates = 0
-    for candidates in join.rounds(index, bands, marks):
-        n_candidates += len(candidates)
-        for pairs in join.in_parts(candidates, index, min(VERIFY_BYTES_MAX, memory_bytes // 12)):
-            similarity = _similarities(path, index, pairs) if plan.is_verified else None
-            marks.add(pairs, similarity, plan.threshold)
-    marks.add_copies(index.first)
-    is_kept = marks.is_kept(index.order)
-    copy_lines(path, kept_path, index.starts, is_kept)
+    with ThreadPoolExecutor(n_threads) as threads:
+        spans = block_spans(path, block_bytes)
+        blocks = list((mapper or threads.map)(sign, list(enumerate(spans))))
+        index = join.read_index(blocks)
+        repeated = index.repeated_id()
+        if repeated is not None:
+            raise RecordError(f"{path}: the id {repeated!r} occurs twice; ids must be distinct")
+        bands = join.write_bands(index, blocks, n_bands, work_dir)
+        marks = join.Marks(len(index.order))
+        n_candidates = 0
+        for candidates in join.rounds(index, bands, marks, threads.map):
+            n_candidates += len(candidates)
+            parts = list(join.in_parts(candidates, index, block_bytes))
+            similarities = repeat(None)
+            if plan.is_verified:
+                similarities = threads.map(partial(_similarities, path, index), parts)
+            for pairs, similarity in zip(parts, similarities, strict=False):
+                marks.add(pairs, similarity, plan.threshold)
+        marks.add_copies(index.first)
+        is_kept = marks.is_kept(index.order)
+        copy_lines(path, kept_path, index.starts, is_kept, threads.map)
     _write_removals(removed_path, index, marks)
     shutil.rmtree(work_dir)
     return Deduplication(
@@ -217,7 +226,7 @@ def _work_dir(path: Path, kept_path: Path, settings: list) -> Path:
 
     stat = path.stat()
     code = [Path(module.__file__).read_text() for module in (dedup_blocks, minhash)]
-    parts = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, settings, BLOCK_BYTES_MAX, code]
+    parts = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, settings, code]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
     folder = kept_path.with_name(f".{kept_path.name}.{key}.blocks")
     for other in kept_path.parent.glob(f".{kept_path.name}.*.blocks"):

@@ -9,7 +9,7 @@ Paper: not stated; ours, because a million examples are more than memory should 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,8 +22,17 @@ from speed_utils import minhash
 from speed_utils.records import KINDS, RecordError, replace_file
 
 TEXT_FIELDS = ("query", "positive", "negative")
+BLOCK_BYTES_MAX = 16 * 2**20  # of the input, read at once by one thread
+BLOCK_MEMORY = 8  # bytes that a thread takes for each byte of its block
 PARSE_BYTES = 2**22  # of JSON for one thread at a time
 COPY_BYTES = 2**24
+
+
+def threads_and_block_bytes(memory_gib: float) -> tuple[int, int]:
+    """How many threads have room in the memory, and how much of a file each reads at once."""
+    n_bytes = int(memory_gib * 2**30) // BLOCK_MEMORY
+    n_threads = min(os.cpu_count() or 1, n_bytes // BLOCK_BYTES_MAX)
+    return max(1, n_threads), max(1, min(BLOCK_BYTES_MAX, n_bytes))
 
 
 def block_spans(path: Path, block_bytes: int) -> Iterator[tuple[int, int]]:
@@ -162,7 +171,9 @@ def read_lines(path: Path, starts: np.ndarray, places: np.ndarray) -> bytes:
     return b"".join(line if line.endswith(b"\n") else line + b"\n" for line in lines)
 
 
-def copy_lines(path: Path, kept_path: Path, starts: np.ndarray, is_kept: np.ndarray) -> None:
+def copy_lines(
+    path: Path, kept_path: Path, starts: np.ndarray, is_kept: np.ndarray, mapper: Callable = map
+) -> None:
     """Copy the kept lines, unchanged, in runs of neighbours.
 
     Args:
@@ -170,17 +181,27 @@ def copy_lines(path: Path, kept_path: Path, starts: np.ndarray, is_kept: np.ndar
         kept_path: is replaced, in one step.
         starts: Shape (lines + 1,), byte where each line begins, and the end of the file.
         is_kept: Shape (lines,), bool.
+        mapper: ``map``, or that of a pool of threads.
     """
     turns = np.flatnonzero(np.diff(np.concatenate([[False], is_kept, [False]]).astype(np.int8)))
+    spans = starts[turns.reshape(-1, 2)]
+    lengths = spans[:, 1] - spans[:, 0]
+    places = np.cumsum(lengths) - lengths
+    parts = np.searchsorted(places, np.arange(0, lengths.sum(), COPY_BYTES))
 
     def copy(target: BinaryIO) -> None:
         with path.open("rb") as source:
-            for first, last in turns.reshape(-1, 2):
-                start, stop = int(starts[first]), int(starts[last])
-                source.seek(start)
-                while start < stop:
-                    data = source.read(min(COPY_BYTES, stop - start))
-                    target.write(data)
-                    start += len(data)
+
+            def copy_part(first: int, last: int) -> None:
+                for (start, stop), place in zip(
+                    spans[first:last].tolist(), places[first:last].tolist(), strict=True
+                ):
+                    while start < stop:
+                        data = os.pread(source.fileno(), min(COPY_BYTES, stop - start), start)
+                        n_bytes = os.pwrite(target.fileno(), data, place)
+                        start, place = start + n_bytes, place + n_bytes
+
+            for _ in mapper(copy_part, parts, [*parts[1:], len(spans)]):
+                pass
 
     replace_file(kept_path, copy)

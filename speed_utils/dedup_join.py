@@ -18,7 +18,7 @@ Paper: not stated; ours, because a million examples have more pairs than memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from speed_utils.dedup_blocks import bands_path
 RANK_BITS = np.uint64(32)
 LOW_BITS = np.uint64(0xFFFFFFFF)
 FIRST_ROUND = 1024  # examples; a constant, so that the same pairs decide on every machine
+BANDS_AT_ONCE = 4  # by threads; each holds 24 bytes an example
 PAIRS_AT_ONCE = 2**23  # candidate pairs, repeated ones among them, before they are thinned
 
 
@@ -84,15 +85,18 @@ def write_bands(index: Index, blocks: Sequence[Path], n_bands: int, work_dir: Pa
     for band in range(n_bands):
         parts = [np.load(bands_path(block), mmap_mode="r")[band] for block in blocks]
         path = work_dir / f"band-{band:03d}.npy"
-        np.save(path, _joined(parts, np.empty(0, np.uint64))[index.order])
+        np.save(path, _joined(parts, np.empty(0, np.uint64)).take(index.order))
         paths.append(path)
     return paths
 
 
-def rounds(index: Index, bands: Sequence[Path], marks: Marks) -> Iterator[np.ndarray]:
+def rounds(
+    index: Index, bands: Sequence[Path], marks: Marks, mapper: Callable = map
+) -> Iterator[np.ndarray]:
     """Candidate pairs, ascending and distinct, round by round; mark them before the next.
 
     Of examples with the same text only the first takes part: what it matches, they match.
+    ``mapper`` is ``map``, or that of a pool of threads.
     """
     n_examples = len(index.order)
     takes_part = index.first == np.arange(n_examples)
@@ -102,7 +106,7 @@ def rounds(index: Index, bands: Sequence[Path], marks: Marks) -> Iterator[np.nda
             lowest = 0 if is_across else start
             chosen = takes_part[lowest:stop] & (marks.duplicate_of[lowest:stop] < 0)
             ranks = lowest + np.flatnonzero(chosen)
-            yield _candidates(bands, ranks, start if is_across else None)
+            yield _candidates(bands, ranks, start if is_across else None, mapper)
         start, stop = stop, min(2 * stop, n_examples)
 
 
@@ -183,18 +187,24 @@ def _first_of_same(prints: np.ndarray) -> np.ndarray:
     return first
 
 
-def _candidates(bands: Sequence[Path], ranks: np.ndarray, start: int | None) -> np.ndarray:
+def _candidates(
+    bands: Sequence[Path], ranks: np.ndarray, start: int | None, mapper: Callable
+) -> np.ndarray:
     """Pairs that share a band's hash, distinct and ascending.
 
     Args:
         bands: as write_bands gives them.
         ranks: of the examples that take part, ascending.
         start: only pairs of a rank below it and one from it on; None for all pairs.
+        mapper: ``map``, or that of a pool of threads.
     """
+
+    def pairs_of(path: Path) -> np.ndarray:
+        return _bucket_pairs(np.load(path, mmap_mode="r").take(ranks), ranks, start)
+
     found = [np.empty(0, np.uint64)]
-    for path in bands:
-        hashes = np.load(path, mmap_mode="r")[ranks]
-        found.append(_bucket_pairs(hashes, ranks, start))
+    for first in range(0, len(bands), BANDS_AT_ONCE):
+        found += mapper(pairs_of, bands[first : first + BANDS_AT_ONCE])
         if sum(map(len, found)) > PAIRS_AT_ONCE:
             found = [np.unique(np.concatenate(found))]
     return np.unique(np.concatenate(found))

@@ -87,9 +87,9 @@ def generate(
                         failed |= {c.key: c for c in part if c.finish_reason == "error"}
                         fresh = {completion.key for completion in answered} - done
                         done |= fresh
-                        bar.update(len(fresh))
                         n_new, n_asked = len(done - known), len(keys) - len(known)
-                        bar.set_postfix_str(engine.progress(n_new, n_asked))
+                        bar.set_postfix_str(engine.progress(n_new, n_asked), refresh=False)
+                        bar.update(len(fresh))
         if getattr(engine, "is_stopped", False):
             raise KeyboardInterrupt  # all that was answered is stored
         store.arrange(keys)

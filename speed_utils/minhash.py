@@ -1,6 +1,7 @@
-"""MinHash over word n-grams of millions of texts: compiled, parallel, and equal to datasketch's.
+"""MinHash over word n-grams of millions of texts: compiled, and equal to datasketch's.
 
 Texts come as Arrow string arrays and leave as numpy arrays; nothing is a Python object in between.
+Nothing here starts threads, and nothing holds Python's lock: callers may run blocks in threads.
 
     texts = pa.array(["one text", "another"])
     signatures(texts)                      # (2, 128) uint32, as datasketch.MinHash computes them
@@ -25,7 +26,6 @@ _FNV_START = np.uint64(14695981039346656037)  # FNV-1a, 64 bits: the hash of a w
 _FNV_PRIME = np.uint64(1099511628211)
 _MIX = np.uint64(0xFF51AFD7ED558CCD)  # MurmurHash3's finalizer: from words to shingles and bands
 _START = np.uint64(0x9E3779B97F4A7C15)
-_CHUNKS = 64  # pieces that the threads share among them
 
 
 def signatures(
@@ -195,45 +195,48 @@ def _fmix(value):
 
 
 @nb.njit(inline="always")
-def _word_room(offsets, first, last):
-    """The most words that a text of a range can have."""
+def _word_room(offsets):
+    """The most words that one of the texts can have."""
     longest = 0
-    for text in range(first, last):
+    for text in range(len(offsets) - 1):
         longest = max(longest, offsets[text + 1] - offsets[text])
     return longest // 2 + 1
 
 
-@nb.njit(parallel=True, cache=True, nogil=True)
+@nb.njit(cache=True, nogil=True)
 def _sign(data, offsets, salt, factors, summands, n_words, out, prints):
     n_texts, n_permutations = out.shape
-    step = (n_texts + _CHUNKS - 1) // _CHUNKS
-    for chunk in nb.prange(_CHUNKS):
-        first, last = chunk * step, min(n_texts, (chunk + 1) * step)
-        words = np.empty(_word_room(offsets, first, last), np.uint64)
-        lowest = np.empty(n_permutations, np.uint32)
-        for text in range(first, last):
-            count = _words(data, offsets[text], offsets[text + 1], words)
-            lowest[:] = np.uint32(0xFFFFFFFF)
-            for start in range(max(count - n_words + 1, 1)):
-                shingle = _shingle(words, start, min(start + n_words, count))
-                value = _fmix(np.uint32(shingle & np.uint64(0xFFFFFFFF)))
-                for k in range(n_permutations):
-                    lowest[k] = min(lowest[k], np.uint32(factors[k] * value + summands[k]))
+    room = _word_room(offsets)
+    words, values = np.empty(room, np.uint64), np.empty(room + 3, np.uint32)
+    for text in range(n_texts):
+        count = _words(data, offsets[text], offsets[text + 1], words)
+        n_shingles = max(count - n_words + 1, 1)
+        for start in range(n_shingles):
+            shingle = _shingle(words, start, min(start + n_words, count))
+            values[start] = _fmix(np.uint32(shingle & np.uint64(0xFFFFFFFF)))
+        values[n_shingles : n_shingles + 3] = values[n_shingles - 1]
+        lowest = out[text]
+        lowest[:] = np.uint32(0xFFFFFFFF)
+        for start in range(0, n_shingles, 4):  # four at a time: memory is read less often
+            one, two, three, four = values[start : start + 4]
             for k in range(n_permutations):
-                out[text, k] = lowest[k]
-            one, two = _START ^ salt[text], _FNV_START ^ salt[text]
-            for k in range(count):
-                one = (one ^ words[k]) * _MIX
-                one ^= one >> np.uint64(32)
-                two = (two + words[k]) * _FNV_PRIME
-                two ^= two >> np.uint64(29)
-            prints[text, 0], prints[text, 1] = one, two
+                factor, summand = factors[k], summands[k]
+                left = min(np.uint32(factor * one + summand), np.uint32(factor * two + summand))
+                right = min(np.uint32(factor * three + summand), np.uint32(factor * four + summand))
+                lowest[k] = min(lowest[k], left, right)
+        one, two = _START ^ salt[text], _FNV_START ^ salt[text]
+        for k in range(count):
+            one = (one ^ words[k]) * _MIX
+            one ^= one >> np.uint64(32)
+            two = (two + words[k]) * _FNV_PRIME
+            two ^= two >> np.uint64(29)
+        prints[text, 0], prints[text, 1] = one, two
 
 
-@nb.njit(parallel=True, cache=True, nogil=True)
+@nb.njit(cache=True, nogil=True)
 def _band(signed, salt, n_rows, out):
     n_bands, n_texts = out.shape
-    for text in nb.prange(n_texts):
+    for text in range(n_texts):
         for band in range(n_bands):
             value = _START * np.uint64(band + 1) ^ salt[text]
             for k in range(band * n_rows, (band + 1) * n_rows):
@@ -242,9 +245,9 @@ def _band(signed, salt, n_rows, out):
             out[band, text] = value
 
 
-@nb.njit(parallel=True, cache=True, nogil=True)
+@nb.njit(cache=True, nogil=True)
 def _count_words(data, offsets, out):
-    for text in nb.prange(len(offsets) - 1):
+    for text in range(len(offsets) - 1):
         count, inside = 0, False
         for place in range(offsets[text], offsets[text + 1]):
             space = _is_space(data[place])
@@ -253,27 +256,23 @@ def _count_words(data, offsets, out):
         out[text] = count + inside
 
 
-@nb.njit(parallel=True, cache=True, nogil=True)
+@nb.njit(cache=True, nogil=True)
 def _fill_shingles(data, offsets, n_words, bounds, out, lengths):
     """Write each text's distinct shingles, ascending, from its bound on; note how many."""
-    n_texts = len(offsets) - 1
-    step = (n_texts + _CHUNKS - 1) // _CHUNKS
-    for chunk in nb.prange(_CHUNKS):
-        first, last = chunk * step, min(n_texts, (chunk + 1) * step)
-        words = np.empty(_word_room(offsets, first, last), np.uint64)
-        for text in range(first, last):
-            count = _words(data, offsets[text], offsets[text + 1], words)
-            place = bounds[text]
-            for start in range(max(count - n_words + 1, 1)):
-                out[place + start] = _shingle(words, start, min(start + n_words, count))
-            own = out[place : bounds[text + 1]]
-            own.sort()
-            n_distinct = 1
-            for k in range(1, len(own)):
-                if own[k] != own[n_distinct - 1]:
-                    own[n_distinct] = own[k]
-                    n_distinct += 1
-            lengths[text] = n_distinct
+    words = np.empty(_word_room(offsets), np.uint64)
+    for text in range(len(offsets) - 1):
+        count = _words(data, offsets[text], offsets[text + 1], words)
+        place = bounds[text]
+        for start in range(max(count - n_words + 1, 1)):
+            out[place + start] = _shingle(words, start, min(start + n_words, count))
+        own = out[place : bounds[text + 1]]
+        own.sort()
+        n_distinct = 1
+        for k in range(1, len(own)):
+            if own[k] != own[n_distinct - 1]:
+                own[n_distinct] = own[k]
+                n_distinct += 1
+        lengths[text] = n_distinct
 
 
 @nb.njit(cache=True, nogil=True)
@@ -288,9 +287,9 @@ def _close_gaps(hashes, bounds, lengths):
     return hashes[: offsets[-1]], offsets
 
 
-@nb.njit(parallel=True, cache=True, nogil=True)
+@nb.njit(cache=True, nogil=True)
 def _jaccards(hashes, offsets, left, right, out):
-    for pair in nb.prange(len(left)):
+    for pair in range(len(left)):
         i, i_end = offsets[left[pair]], offsets[left[pair] + 1]
         j, j_end = offsets[right[pair]], offsets[right[pair] + 1]
         n_union = (i_end - i) + (j_end - j)

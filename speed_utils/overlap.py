@@ -17,7 +17,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 OVERLAP_WORDS = 13
-BLOCK_BYTES = 32 * 2**20
+MEMORY_GIB = 2.0  # what blocks and threads are sized for
 TEXTS_AT_ONCE = 2**16  # of the evaluation, while they are indexed
 FILTER_BITS = 24  # of a hash: a table of 16 MiB tells most strangers at once
 _NO_WORD = r"[\W_]+"  # for re, which takes letters and digits of all scripts as words
@@ -96,32 +98,47 @@ def remove_overlap(path: Path, kept_path: Path, report_path: Path, known: KnownN
     """
     import numpy as np
 
-    from speed_utils.dedup_blocks import block_spans, copy_lines, duplicate_texts, read_block
+    from speed_utils.dedup_blocks import block_spans, copy_lines, threads_and_block_bytes
 
-    is_maybe = _low_bits_of(known)
+    n_threads, block_bytes = threads_and_block_bytes(MEMORY_GIB)
+    find = partial(_block_overlap, path, known, _low_bits_of(known))
     rows, kept, starts = [], [np.empty(0, bool)], [np.empty(0, np.int64)]
-    for span in block_spans(path, BLOCK_BYTES):
-        table, own_starts = read_block(path, *span)
-        texts = duplicate_texts(table)
-        found, owners = _found(texts, known, is_maybe)
-        is_kept = np.ones(len(table), bool)
-        is_kept[owners] = False
-        kept.append(is_kept)
-        starts.append(own_starts[:-1])
-        rows += [
-            {
-                "id": table["id"][owner].as_py(),
-                "source": known.names[known.sources[found[at]]],
-                "words": _words_of(texts[owner].as_py(), known.hashes[found[at]]),
-            }
-            for owner, at in zip(*np.unique(owners, return_index=True), strict=True)
-        ]
-    mask = np.concatenate(kept)
-    copy_lines(path, kept_path, np.append(np.concatenate(starts), path.stat().st_size), mask)
+    with ThreadPoolExecutor(n_threads) as threads:
+        for own_starts, is_kept, own_rows in threads.map(find, block_spans(path, block_bytes)):
+            kept.append(is_kept)
+            starts.append(own_starts[:-1])
+            rows += own_rows
+        mask = np.concatenate(kept)
+        ends = np.append(np.concatenate(starts), path.stat().st_size)
+        copy_lines(path, kept_path, ends, mask, threads.map)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     replace_file(report_path, lambda file: file.write(lines.encode()))
     by_source = dict(Counter(row["source"] for row in rows))
     return Overlap(len(mask), len(rows), by_source)
+
+
+def _block_overlap(
+    path: Path, known: KnownNgrams, is_maybe: np.ndarray, span: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, list[dict]]:
+    """(line starts, whether each is kept, rows of the report) of a byte range."""
+    import numpy as np
+
+    from speed_utils.dedup_blocks import duplicate_texts, read_block
+
+    table, starts = read_block(path, *span)
+    texts = duplicate_texts(table)
+    found, owners = _found(texts, known, is_maybe)
+    is_kept = np.ones(len(table), bool)
+    is_kept[owners] = False
+    rows = [
+        {
+            "id": table["id"][owner].as_py(),
+            "source": known.names[known.sources[found[at]]],
+            "words": _words_of(texts[owner].as_py(), known.hashes[found[at]]),
+        }
+        for owner, at in zip(*np.unique(owners, return_index=True), strict=True)
+    ]
+    return starts, is_kept, rows
 
 
 def _hashes(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:

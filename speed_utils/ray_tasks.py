@@ -1,6 +1,6 @@
 """Ray as a ``map``: work items as tasks on a cluster, started again where a worker dies.
 
-    for result in ray_map()(function, items): ...
+    deduplicate_file(..., mapper=ray_map())
 
 Paper: not stated; ours. Ray is optional: pip install "ray>=2.60,<3".
 """
@@ -20,11 +20,11 @@ class ClusterError(RuntimeError):
     """No Ray, or no cluster at the address; the message says what to do."""
 
 
-def ray_map() -> Callable[[Callable, Iterable], Iterable]:
-    """``map`` over the cluster that this process belongs to; plain ``map`` where there is none."""
+def ray_map() -> Callable[[Callable, Iterable], Iterable] | None:
+    """``map`` over the cluster that this process belongs to; None where there is none."""
     address = os.environ.get(RAY_VARIABLE)
     if not address:
-        return map
+        return None
     ray = connected_ray(address)
 
     @ray.remote(max_retries=TRIES, scheduling_strategy="SPREAD")

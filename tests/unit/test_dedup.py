@@ -1,6 +1,6 @@
 import json
 import random
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import combinations
 from multiprocessing import get_context
@@ -12,7 +12,7 @@ from datasketch import MinHash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speed_utils import dedup, dedup_blocks, dedup_join, minhash
+from speed_utils import dedup_blocks, dedup_join, minhash
 from speed_utils.dedup import (
     DedupPlan,
     closest_pair,
@@ -55,7 +55,7 @@ def brute_force(examples, threshold):
     return {example.id for example in kept}
 
 
-def deduplicated(folder, examples, plan=None, mapper=map):
+def deduplicated(folder, examples, plan=None, mapper=None):
     """(kept ids, removals as dicts, result) of a run over a file."""
     raw = folder / "raw.jsonl"
     write_records(raw, examples)
@@ -159,7 +159,7 @@ def test_neither_order_nor_blocks_nor_processes_matter(
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         again, others, _ = deduplicated(tmp_path, shuffled, little, mapper=pool.map)
     assert set(again) == set(kept) and others == removals
-    assert len(list(dedup_blocks.block_spans(tmp_path / "raw.jsonl", 6710))) > 10
+    assert len(list(dedup_blocks.block_spans(tmp_path / "raw.jsonl", 13421))) > 10
 
 
 def test_rounds_do_not_change_what_is_kept(make_example, tmp_path, monkeypatch):
@@ -204,8 +204,8 @@ def test_copies_repeat_what_their_first_repeats(make_example, tmp_path):
 
 def test_what_was_signed_before_a_crash_is_not_signed_again(make_example, tmp_path, monkeypatch):
     examples = many_examples(make_example, n=60)
-    monkeypatch.setattr(dedup, "BLOCK_BYTES_MAX", 2_000)
-    expected = deduplicated(tmp_path, examples)[:2]
+    monkeypatch.setattr(dedup_blocks, "BLOCK_BYTES_MAX", 2_000)
+    expected = deduplicated(tmp_path, examples)[:2]  # by threads
     n_calls = []
     original = minhash.band_hashes
 
@@ -217,10 +217,10 @@ def test_what_was_signed_before_a_crash_is_not_signed_again(make_example, tmp_pa
 
     monkeypatch.setattr(minhash, "band_hashes", fails_at_third)
     with pytest.raises(KeyboardInterrupt):
-        deduplicated(tmp_path, examples)
+        deduplicated(tmp_path, examples, mapper=map)
     raw = tmp_path / "raw.jsonl"
     outputs = tmp_path / "kept.jsonl", tmp_path / "removed.jsonl"
-    deduplicate_file(raw, *outputs)
+    deduplicate_file(raw, *outputs, mapper=map)
     n_blocks = len(list(dedup_blocks.block_spans(raw, 2_000)))
     assert len(n_calls) == n_blocks + 1 and n_blocks > 5
     assert [e.id for e in read_records(outputs[0], Example)] == expected[0]
@@ -343,3 +343,22 @@ def test_pairs_of_a_bucket_have_equal_whole_hashes(start):
 )
 def test_lines_start_after_line_ends(data, starts):
     assert dedup_blocks.line_starts(data).tolist() == starts
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=40), st.booleans())
+def test_lines_are_copied_by_threads_as_by_hand(tmp_path_factory, lines, has_last_newline):
+    text = [b"x" * length + b"\n" for _, length in lines]
+    if text and not has_last_newline:
+        text[-1] = b"last"
+    folder = tmp_path_factory.mktemp("lines")
+    (folder / "all").write_bytes(b"".join(text))
+    starts = np.cumsum([0, *map(len, text)])
+    is_kept = np.array([kept for kept, _ in lines], bool)
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(3) as threads:
+        patch.setattr(dedup_blocks, "COPY_BYTES", 16)
+        dedup_blocks.copy_lines(
+            folder / "all", folder / "kept", starts, is_kept, mapper=threads.map
+        )
+    expected = [line for line, kept in zip(text, is_kept, strict=True) if kept]
+    assert (folder / "kept").read_bytes() == b"".join(expected)

@@ -62,7 +62,7 @@ def test_blocks_do_not_matter(make_example, tmp_path, monkeypatch):
         make_example(id=f"{i:03d}", positive=EVALUATION if i % 7 == 0 else f"number {i}")
         for i in range(50)
     ]
-    monkeypatch.setattr(overlap, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(overlap, "MEMORY_GIB", 700 * 8 / 2**30)  # blocks of 700 bytes
     kept, rows, _ = removed(tmp_path, examples, {"e": [EVALUATION]})
     assert kept == [e.id for i, e in enumerate(examples) if i % 7]
     assert [row["id"] for row in rows] == [e.id for i, e in enumerate(examples) if i % 7 == 0]
