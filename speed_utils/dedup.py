@@ -199,7 +199,7 @@ def deduplicate_file(
         repeated = index.repeated_id()
         if repeated is not None:
             raise RecordError(f"{path}: the id {repeated!r} occurs twice; ids must be distinct")
-        bands = join.write_bands(index, blocks, n_bands, work_dir)
+        bands = join.write_bands(index, blocks, n_bands, work_dir, threads.map)
         marks = join.Marks(len(index.order))
         n_candidates = 0
         for candidates in join.rounds(index, bands, marks, threads.map):

@@ -79,15 +79,21 @@ def read_index(blocks: Sequence[Path]) -> Index:
     )
 
 
-def write_bands(index: Index, blocks: Sequence[Path], n_bands: int, work_dir: Path) -> list[Path]:
-    """Write the hashes of each band in order of rank, a file a band. Shape (examples,), uint64."""
-    paths = []
-    for band in range(n_bands):
+def write_bands(
+    index: Index, blocks: Sequence[Path], n_bands: int, work_dir: Path, mapper: Callable = map
+) -> list[Path]:
+    """Write the hashes of each band in order of rank, a file a band. Shape (examples,), uint64.
+
+    ``mapper`` is ``map``, or that of a pool of threads.
+    """
+
+    def write_band(band: int) -> Path:
         parts = [np.load(bands_path(block), mmap_mode="r")[band] for block in blocks]
         path = work_dir / f"band-{band:03d}.npy"
         np.save(path, _joined(parts, np.empty(0, np.uint64)).take(index.order))
-        paths.append(path)
-    return paths
+        return path
+
+    return list(mapper(write_band, range(n_bands)))
 
 
 def rounds(
@@ -178,13 +184,24 @@ def _order(ids: np.ndarray) -> np.ndarray:
 
 def _first_of_same(prints: np.ndarray) -> np.ndarray:
     """For each row the smallest index of an equal row."""
-    order = np.lexsort(prints.T)  # stable: equal rows keep their order
+    first = np.arange(len(prints))
+    maybe = _not_alone(np.ascontiguousarray(prints[:, 0]))
+    order = maybe[np.lexsort(prints[maybe].T)]  # stable: equal rows keep their order
     ordered = prints[order]
-    starts = np.ones(len(prints), bool)
+    starts = np.ones(len(order), bool)
     starts[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    first = np.empty(len(prints), np.int64)
     first[order] = order[starts][np.cumsum(starts) - 1]
     return first
+
+
+def _not_alone(hashes: np.ndarray) -> np.ndarray:
+    """Indices, ascending, of all hashes that are there twice, and of a few that are not.
+
+    Most hashes are there once, and need not be sorted.
+    """
+    n_bits = max(6, len(hashes).bit_length() + 3)
+    out = np.empty(len(hashes), np.int64)
+    return out[: _fill_not_alone(hashes, np.uint64(64 - n_bits), out)]
 
 
 def _candidates(
@@ -212,6 +229,8 @@ def _candidates(
 
 def _bucket_pairs(hashes: np.ndarray, ranks: np.ndarray, start: int | None) -> np.ndarray:
     """Pairs of examples of equal hash; ``ranks`` ascend."""
+    maybe = _not_alone(hashes)
+    hashes, ranks = hashes[maybe], ranks[maybe]
     bits = np.uint64(len(hashes).bit_length())
     keys = (hashes >> bits << bits) | np.arange(len(hashes), dtype=np.uint64)
     keys.sort()  # by hash, then by rank; much faster than argsort
@@ -219,6 +238,25 @@ def _bucket_pairs(hashes: np.ndarray, ranks: np.ndarray, start: int | None) -> n
     out = np.empty(n_pairs, np.uint64)
     _fill_pairs(keys, bits, hashes, ranks, start, out)
     return out
+
+
+@nb.njit(cache=True, nogil=True)
+def _fill_not_alone(hashes, shift, out):
+    """Write the indices of hashes whose upper bits another one shares; return how many."""
+    n_words = 1 << (58 - np.int64(shift))
+    once, twice = np.zeros(n_words, np.uint64), np.zeros(n_words, np.uint64)
+    for k in range(len(hashes)):
+        slot = hashes[k] >> shift
+        bit = np.uint64(1) << (slot & np.uint64(63))
+        twice[slot >> np.uint64(6)] |= once[slot >> np.uint64(6)] & bit
+        once[slot >> np.uint64(6)] |= bit
+    n_found = 0
+    for k in range(len(hashes)):
+        slot = hashes[k] >> shift
+        if twice[slot >> np.uint64(6)] >> (slot & np.uint64(63)) & np.uint64(1):
+            out[n_found] = k
+            n_found += 1
+    return n_found
 
 
 @nb.njit(cache=True, nogil=True)

@@ -22,10 +22,17 @@ import pyarrow as pa
 from speed_utils.dedup import N_PERMUTATIONS, SHINGLE_WORDS
 
 MINHASH_SEED = 1
-_FNV_START = np.uint64(14695981039346656037)  # FNV-1a, 64 bits: the hash of a word
-_FNV_PRIME = np.uint64(1099511628211)
-_MIX = np.uint64(0xFF51AFD7ED558CCD)  # MurmurHash3's finalizer: from words to shingles and bands
+_MIX = np.uint64(0xFF51AFD7ED558CCD)  # two odd numbers of MurmurHash3's finalizer
+_OTHER_MIX = np.uint64(0xC4CEB9FE1A85EC53)
 _START = np.uint64(0x9E3779B97F4A7C15)
+_BYTES = 0x0101010101010101  # times a byte: that byte in all eight places of a number
+_HIGH, _LOW = np.uint64(0x80 * _BYTES), np.uint64(0x7F * _BYTES)
+_BLANKS = np.uint64(32 * _BYTES)
+# Added to bytes below 128, sets the high bit of those that are at least 9, 14, 65, 91 and 1.
+_FROM_TAB, _FROM_SO, _FROM_A, _AFTER_Z, _FROM_1 = (
+    np.uint64((128 - least) * _BYTES) for least in (9, 14, 65, 91, 1)
+)
+_PLACES = np.uint64(0x0001020304050607)  # its highest byte, shifted left by 8 k bits, is k
 
 
 def signatures(
@@ -117,11 +124,13 @@ def shingle_hash(shingle: bytes) -> int:
     """The 64-bit hash of a shingle, its words joined by blanks; permutations take the low half."""
     hashed = _START
     with np.errstate(over="ignore"):
-        for word in shingle.split():
-            value = _FNV_START
-            for byte in word.lower():
-                value = (value ^ np.uint64(byte)) * _FNV_PRIME
-            hashed = (hashed ^ value) * _MIX
+        for word in shingle.lower().split():
+            value = _START
+            for place in range(0, len(word), 8):
+                eight = int.from_bytes(word[place : place + 8], "little")
+                value = (value ^ np.uint64(eight)) * _MIX
+                value ^= value >> np.uint64(32)
+            hashed = (hashed ^ (value + np.uint64(len(word)))) * _MIX
             hashed ^= hashed >> np.uint64(32)
     return int(hashed)
 
@@ -150,27 +159,66 @@ def _buffers(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 @nb.njit(inline="always")
 def _is_space(byte: int) -> bool:
-    return byte == 32 or 9 <= byte <= 13
+    return (byte == 32) | ((byte >= 9) & (byte <= 13))
+
+
+@nb.njit(inline="always")
+def _eight(data, place):
+    """Eight bytes as a number, the first one lowest: one load, once compiled."""
+    return (
+        np.uint64(data[place])
+        | np.uint64(data[place + np.uint64(1)]) << np.uint64(8)
+        | np.uint64(data[place + np.uint64(2)]) << np.uint64(16)
+        | np.uint64(data[place + np.uint64(3)]) << np.uint64(24)
+        | np.uint64(data[place + np.uint64(4)]) << np.uint64(32)
+        | np.uint64(data[place + np.uint64(5)]) << np.uint64(40)
+        | np.uint64(data[place + np.uint64(6)]) << np.uint64(48)
+        | np.uint64(data[place + np.uint64(7)]) << np.uint64(56)
+    )
+
+
+@nb.njit(inline="always")
+def _last_few(data, place, stop):
+    """The last bytes of a text, and blanks after them, as a number."""
+    value, shift = _BLANKS, np.uint64(0)
+    while place < stop:
+        value ^= (np.uint64(data[place]) ^ np.uint64(32)) << shift
+        place, shift = place + np.uint64(1), shift + np.uint64(8)
+    return value
 
 
 @nb.njit(cache=True, nogil=True)
 def _words(data, start, stop, out):
-    """Hash the words of one text into ``out``; return how many there are."""
-    count, value, inside = 0, _FNV_START, False
-    for place in range(start, stop):
-        byte = data[place]
-        if _is_space(byte):
-            if inside:
-                out[count] = value
-                count += 1
-                value, inside = _FNV_START, False
+    """Hash the words of one text into ``out``, eight bytes at a time; return how many there are.
+
+    Each byte below 128 that is white space or a capital is marked by its high bit.
+    """
+    place, stop = np.uint64(start), np.uint64(stop)
+    count, value, length = 0, _START, np.uint64(0)
+    while place < stop:
+        is_whole = place + np.uint64(8) <= stop
+        eight = _eight(data, place) if is_whole else _last_few(data, place, stop)
+        low, is_ascii = eight & _LOW, ~eight & _HIGH
+        is_blank = ~((low ^ _BLANKS) + _FROM_1)
+        is_space = (is_blank | ((low + _FROM_TAB) & ~(low + _FROM_SO))) & is_ascii
+        eight |= ((low + _FROM_A) & ~(low + _AFTER_Z) & is_ascii) >> np.uint64(2)  # lower case
+        if is_space:
+            first = (is_space & (~is_space + np.uint64(1))) >> np.uint64(7)
+            n_before = (first * _PLACES) >> np.uint64(56)
+            eight &= first - np.uint64(1)
+            place += n_before + np.uint64(1)
         else:
-            if 65 <= byte <= 90:
-                byte += 32
-            value = (value ^ np.uint64(byte)) * _FNV_PRIME
-            inside = True
-    if inside:
-        out[count] = value
+            n_before = np.uint64(8)
+            place += n_before
+        if n_before:
+            value = (value ^ eight) * _MIX
+            value ^= value >> np.uint64(32)
+            length += n_before
+        if is_space and length:
+            out[count] = value + length
+            count, value, length = count + 1, _START, np.uint64(0)
+    if length:
+        out[count] = value + length
         count += 1
     return count
 
@@ -224,11 +272,11 @@ def _sign(data, offsets, salt, factors, summands, n_words, out, prints):
                 left = min(np.uint32(factor * one + summand), np.uint32(factor * two + summand))
                 right = min(np.uint32(factor * three + summand), np.uint32(factor * four + summand))
                 lowest[k] = min(lowest[k], left, right)
-        one, two = _START ^ salt[text], _FNV_START ^ salt[text]
+        one, two = _START ^ salt[text], _OTHER_MIX ^ salt[text]
         for k in range(count):
             one = (one ^ words[k]) * _MIX
             one ^= one >> np.uint64(32)
-            two = (two + words[k]) * _FNV_PRIME
+            two = (two + words[k]) * _OTHER_MIX
             two ^= two >> np.uint64(29)
         prints[text, 0], prints[text, 1] = one, two
 
@@ -248,12 +296,11 @@ def _band(signed, salt, n_rows, out):
 @nb.njit(cache=True, nogil=True)
 def _count_words(data, offsets, out):
     for text in range(len(offsets) - 1):
-        count, inside = 0, False
-        for place in range(offsets[text], offsets[text + 1]):
-            space = _is_space(data[place])
-            count += inside and space
-            inside = not space
-        out[text] = count + inside
+        own = data[offsets[text] : offsets[text + 1]]
+        count = 0
+        for k in range(len(own) - 1):  # where words begin; without a state, several at once
+            count += _is_space(own[k]) & (not _is_space(own[k + 1]))
+        out[text] = count + (len(own) > 0 and not _is_space(own[0]))
 
 
 @nb.njit(cache=True, nogil=True)
