@@ -72,18 +72,41 @@ class ContrastiveLoss(CachedLossMixin, torch.nn.Module):
         lengths = texts["attention_mask"].sum(1)
         order = lengths.argsort(stable=True)
         self._places = places[order]
+        pieces, is_cached = self._pieces(lengths[order].tolist())
         groups = [
             {name: value[order[rows.start : rows.stop]] for name, value in texts.items()}
-            for rows in length_groups(lengths[order].tolist())
+            for rows in pieces
         ]
         groups = [_trimmed(group) for group in groups]
-        n_real, n_all = int(lengths.sum()), sum(g["attention_mask"].numel() for g in groups)
+        n_all = sum(group["attention_mask"].numel() for group in groups)
         self.n_tokens += n_all
-        self.n_padding += n_all - n_real
-        if n_all > self.mini_batch_num_tokens and torch.is_grad_enabled():
+        self.n_padding += n_all - int(lengths.sum())
+        if is_cached:
             return self.forward_cached(groups, labels)
         embeddings = [[self.model(dict(group))["sentence_embedding"]] for group in groups]
         return self.calculate_loss(embeddings, labels)
+
+    def _pieces(self, lengths: list[int]) -> tuple[list[range], bool]:
+        """Rows of ascending lengths that are encoded together, and whether they are encoded twice.
+
+        Every process has as many pieces, since FSDP lets them encode in step.
+        """
+        pieces = length_groups(lengths)
+        n_tokens = sum(lengths[rows[-1]] * len(rows) for rows in pieces)
+        is_cached = (
+            bool(_largest(n_tokens > self.mini_batch_num_tokens)) and torch.is_grad_enabled()
+        )
+        if is_cached:
+            pieces = [
+                part
+                for rows in pieces
+                for part in token_parts(rows, lengths, self.mini_batch_num_tokens)
+            ]
+        for _ in range(_largest(len(pieces)) - len(pieces)):
+            rows = max(pieces, key=len)
+            at, half = pieces.index(rows), len(rows) // 2
+            pieces[at : at + 1] = [rows[:half], rows[half:]]
+        return pieces, is_cached
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -158,11 +181,35 @@ def length_groups(lengths: list[int]) -> list[range]:
     return [*groups, range(start, len(lengths))]
 
 
+def token_parts(rows: range, lengths: list[int], n_tokens: int) -> list[range]:
+    """Cut rows into parts of at most so many tokens, padding included, or of one row."""
+    parts, start = [], rows.start
+    for row in rows:
+        if row > start and lengths[row] * (row + 1 - start) > n_tokens:
+            parts.append(range(start, row))
+            start = row
+    return [*parts, range(start, rows.stop)]
+
+
+def _largest(number: int) -> int:
+    """Over all processes."""
+    if not torch.distributed.is_initialized():
+        return number
+    numbers = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(numbers, number)
+    return max(numbers)
+
+
 def _flatten(columns: list[dict[str, Tensor]], labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """All texts of a batch in one table of tokens, and the place of each: column x batch + row."""
+    """All texts of a batch in one table of tokens, and the place of each: column x batch + row.
+
+    Several processes have as many rows each: there, what holds no text is a text of its EOS alone.
+    """
     width = max(column["attention_mask"].shape[1] for column in columns)
     rows = torch.arange(len(labels), device=labels.device)
-    chosen = [rows, rows, rows[labels[:, 1] != NO_TEXT]][: len(columns)]
+    is_text = labels[:, 1] != NO_TEXT
+    with_negative = rows if torch.distributed.is_initialized() else rows[is_text]
+    chosen = [rows, rows, with_negative][: len(columns)]
     texts = {
         name: torch.cat(
             [

@@ -137,7 +137,7 @@ def _load(key: str, model_dir: Path | str, batch_size: int) -> object:
         settings |= {
             "enforce_eager": True,
             "max_model_len": TOKENS_MAX_CPU,
-            "dtype": _cpu_dtype(),
+            "dtype": str(device_and_dtype()[1]).removeprefix("torch."),
             "enable_chunked_prefill": False,  # a seeded request that is cut ends the engine
             "max_num_batched_tokens": BATCHED_TOKENS_CPU,
         }
@@ -147,13 +147,6 @@ def _load(key: str, model_dir: Path | str, batch_size: int) -> object:
 
     _loaded[key] = LLM(**settings)
     return _loaded[key]
-
-
-def _cpu_dtype() -> str:
-    """bfloat16 where the processor computes with it, else float32."""
-    flags = Path("/proc/cpuinfo")
-    has_bf16 = flags.is_file() and "avx512_bf16" in flags.read_text()
-    return "bfloat16" if has_bf16 else "float32"
 
 
 def _lora_request(adapter_dir: Path) -> object:

@@ -31,6 +31,8 @@ EMBEDDED_MODELS = {
     ),
 }
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # no pickle, no code
+DTYPE_VARIABLE = "SPEED_DTYPE"  # number format of models, where another than the fast one is wanted
+DTYPES = ("bfloat16", "float32")
 
 
 class ModelError(RuntimeError):
@@ -67,17 +69,24 @@ def models_dir() -> Path:
 
 
 def device_and_dtype() -> tuple[str, object]:
-    """The device and the number format that is fast on it.
+    """The device and the number format that is fast on it, or that $SPEED_DTYPE asks for.
 
     bfloat16 needs a GPU, or a CPU with its own instructions for it; on other CPUs it is several
-    times slower than float32.
+    times slower than float32. float32 gives the same figures on every CPU, to rounding.
+
+    Raises:
+        ModelError: $SPEED_DTYPE is neither bfloat16 nor float32.
     """
     import torch
 
-    if torch.cuda.is_available():
-        return "cuda", torch.bfloat16
-    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return "cpu", torch.bfloat16 if fast else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    name = os.environ.get(DTYPE_VARIABLE)
+    if not name:
+        name = "bfloat16" if device == "cuda" or fast() else "float32"
+    if name not in DTYPES:
+        raise ModelError(f"{DTYPE_VARIABLE}={name!r} is none of {', '.join(DTYPES)}")
+    return device, getattr(torch, name)
 
 
 def render_chat(tokenizer: object, messages: Sequence[dict[str, str]]) -> str:

@@ -171,6 +171,7 @@ class Stage:
             "teacher": self._teacher or dict(NO_TEACHER),
             "peak_memory_gib": peak_memory_gib(),
             "versions": versions(),
+            "device": _device() if "torch" in sys.modules else None,
             "code": code_fingerprint(self.name),
         }
         if error is not None:
@@ -350,11 +351,16 @@ def environment(*packages: str) -> str:
     known = versions()
     parts = [f"{name} {known.get(name, 'not installed')}" for name in ("python", *packages)]
     if "torch" in packages:
-        from speed_utils.models import device_and_dtype
-
-        device, dtype = device_and_dtype()
-        parts.append(f"{device}, {str(dtype).removeprefix('torch.')}")
+        parts.append(_device())
     return ", ".join(parts)
+
+
+def _device() -> str:
+    """The device and the number format of models, such as "cpu, float32"."""
+    from speed_utils.models import device_and_dtype
+
+    device, dtype = device_and_dtype()
+    return f"{device}, {str(dtype).removeprefix('torch.')}"
 
 
 def write_json(path: Path, value: object) -> None:

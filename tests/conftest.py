@@ -1,5 +1,6 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, and one number format for them, whatever the processor has."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from speed_utils.records import Example
 
 ROOT_DIR = Path(__file__).parent.parent
+os.environ["SPEED_DTYPE"] = "float32"  # bounds of 1e-5 need it; kernels and processes inherit it
 
 
 @pytest.fixture
