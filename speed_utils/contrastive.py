@@ -327,6 +327,7 @@ def _trainer(model: object, rows: dict, out_dir: Path, plan: EmbedderPlan) -> ob
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     class Trainer(SentenceTransformerTrainer):
         """The library's trainer with our batches; a checkpoint holds what is trained, no more."""
@@ -336,19 +337,27 @@ def _trainer(model: object, rows: dict, out_dir: Path, plan: EmbedderPlan) -> ob
 
         def _save(self, output_dir=None, state_dict=None):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(trained_weights(model), Path(output_dir) / CHECKPOINT_FILE)
+            trained = trained_weights(model)
+            if state_dict is not None:  # FSDP's parameters are parts; these are whole
+                trained = {name: state_dict[name] for name in trained}
+            save_file(trained, Path(output_dir) / CHECKPOINT_FILE)
 
         def _load_from_checkpoint(self, checkpoint_path, *_arguments):
             saved = load_file(Path(checkpoint_path) / CHECKPOINT_FILE)
-            model.load_state_dict(saved, strict=False)
             if saved.keys() != trained_weights(model).keys():
                 raise TrainingError(f"{checkpoint_path} is of another model; remove it")
+            set_model_state_dict(
+                model, saved, options=StateDictOptions(full_state_dict=True, strict=False)
+            )
 
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise TrainingError(
             "the embedder's loss goes backward piece by piece, which DeepSpeed's engine does not "
             "do; take a config with DDP or FSDP (data/accelerate)"
         )
+    # Accelerate takes a last module named after a norm for a language model's own, and FSDP cannot
+    # spread this one; told that the base model is the first module, it finds none.
+    model.base_model_prefix = "0"
     device, dtype = device_and_dtype()
     kinds = [kind if plan.is_of_one_kind else "" for kind in rows for _ in rows[kind]]
     batches = KindBatches(

@@ -133,6 +133,7 @@ def train_here(
     fitting = within_tokens(tokenizer, rows, plan.tokens_max)
     fitting_heldout = within_tokens(tokenizer, heldout, plan.tokens_max)
     arguments = common_arguments(plan, out_dir, len(fitting))
+    arguments["eval_on_start"] = not has_checkpoint(out_dir)  # a checkpoint has this in its history
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(base_dir, dtype=device_and_dtype()[1]),
         args=SFTConfig(completion_only_loss=True, packing=False, **arguments),
@@ -142,13 +143,13 @@ def train_here(
         peft_config=lora_config(plan.lora_rank),
     )
     use_text_progress(trainer, "sft")
-    loss_before = trainer.evaluate()["eval_loss"]
     result = trainer.train(resume_from_checkpoint=has_checkpoint(out_dir) or None)
+    evaluations = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     metrics = {
-        "heldout_loss_base": loss_before,
+        "heldout_loss_base": evaluations[0],
         "heldout_loss": trainer.evaluate()["eval_loss"],
         "train_seconds": result.metrics["train_runtime"],
         "n_rows": len(fitting),
         "n_left_out": len(rows) - len(fitting),
     }
-    save_training(trainer, out_dir, key, metrics, loss_before)
+    save_training(trainer, out_dir, key, metrics)

@@ -88,9 +88,7 @@ def finished_training(out_dir: Path, key: str) -> Training | None:
     return None
 
 
-def save_training(
-    trainer: object, out_dir: Path, key: str, metrics: dict, loss_before: float | None = None
-) -> None:
+def save_training(trainer: object, out_dir: Path, key: str, metrics: dict) -> None:
     """Save adapter and history, mark the training as done, remove its checkpoints.
 
     Called by every process of a training; the first one writes.
@@ -100,8 +98,6 @@ def save_training(
         out_dir: folder of the training.
         key: as training_key gives it.
         metrics: flat name to number.
-        loss_before: held-out loss before the first step; becomes step 0 of the history;
-            None where it is known without measuring (ln 2 for preferences).
     """
     adapter_dir = out_dir / "adapter"
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all processes take part
@@ -110,8 +106,7 @@ def save_training(
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.save_pretrained(adapter_dir, state_dict=weights, selected_adapters=["default"])
     logged = trainer.state.log_history
-    history = [] if loss_before is None else [{"step": 0, "eval_loss": loss_before}]
-    history += [row for row in logged if "loss" in row or "eval_loss" in row]
+    history = [row for row in logged if "loss" in row or "eval_loss" in row]
     state = {"key": key, "done": True, "history": history, "metrics": metrics}
     write_text(out_dir / "training.json", json.dumps(state, indent=1))
     for checkpoint in out_dir.glob("checkpoint-*"):

@@ -1,0 +1,104 @@
+"""Trainings over two processes that each hold a part of the model (FSDP), as one process does."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from speed_utils import launch, training
+from speed_utils.contrastive import EmbedderPlan, train_embedder
+from speed_utils.dpo import DpoPlan, preference_rows, train_dpo
+from speed_utils.launch import LaunchError
+from speed_utils.records import Preference
+from speed_utils.sft import sft_rows, train_sft
+from speed_utils.training import TrainingPlan
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="written for CPUs")
+PLAN = {"learning_rate": 1e-2, "batch_size": 4, "tokens_max": 128}
+
+
+@pytest.fixture
+def spread(monkeypatch):
+    """A function that lets trainings from now on run under FSDP, and fail at a step."""
+    monkeypatch.setattr(launch, "_assert_for_cpu", lambda _path: None)
+    monkeypatch.setenv("PYTHONPATH", "tests")
+
+    def begin(stop_at=None):
+        def launch_spread(function, arguments, out_dir):
+            arguments = {"function": function, "arguments": arguments, "stop_at": stop_at}
+            launch.launch("spread_on_cpu:call_spread", arguments, out_dir)
+
+        monkeypatch.setenv("SPEED_ACCELERATE", "data/accelerate/fsdp.yaml")
+        monkeypatch.setattr(training, "launch", launch_spread)
+
+    return begin
+
+
+def largest_difference(one, other):
+    one, other = load_file(one), load_file(other)
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def test_the_embedder(tiny_model, make_example, tmp_path, spread):
+    kinds = ["sts", "retrieval", "matching_short"]
+    examples = [
+        make_example(
+            id=str(i),
+            kind=kinds[i % 3],
+            query=f"query {i} " * (i % 4 + 1),
+            positive=f"answer {i}",
+            negative=None if i % 3 == 2 else f"other {i}",
+        )
+        for i in range(16)
+    ]
+    plan = EmbedderPlan(
+        **PLAN | {"tokens_max": 32}, epochs=2, temperature=0.1, mini_batch_tokens=30
+    )
+    one = train_embedder(tiny_model, examples, tmp_path / "one", plan)
+    spread(stop_at=5)
+    with pytest.raises(LaunchError, match="stopped at step 5"):
+        train_embedder(tiny_model, examples, tmp_path / "two", plan)
+    assert (tmp_path / "two" / "checkpoint-4").is_dir()
+    spread()
+    two = train_embedder(tiny_model, examples, tmp_path / "two", plan)
+    assert two.metrics["n_processes"] == 2 and two.metrics["n_steps"] == 8
+    names = [training.model_dir / "model.safetensors" for training in (one, two)]
+    assert largest_difference(*names) < 1e-4
+
+
+def test_fine_tuning(tiny_model, tmp_path, spread):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = sft_rows(tokenizer, [(f"write number {i}", f'{{"S1": "{i}"}}') for i in range(10)])
+    plan = TrainingPlan(**PLAN, epochs=2)
+    one = train_sft(tiny_model, rows[2:], rows[:2], tmp_path / "one", plan)
+    spread()
+    two = train_sft(tiny_model, rows[2:], rows[:2], tmp_path / "two", plan)
+    assert two.metrics["heldout_loss"] == pytest.approx(one.metrics["heldout_loss"], abs=0.2)
+    assert two.metrics["heldout_loss"] < two.metrics["heldout_loss_base"] - 0.2
+
+
+def test_preference_optimization(tiny_model, tmp_path, spread):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = sft_rows(tokenizer, [(f"write number {i}", f'{{"S1": "{i}"}}') for i in range(10)])
+    junior = train_sft(
+        tiny_model, rows, rows[:2], tmp_path / "junior", TrainingPlan(**PLAN, epochs=1)
+    )
+    slots = {"unit": "sentence", "high_score": 4, "low_score": 3, "difficulty": None}
+    fields = {"kind": "sts", "topic": "t", "task": "x", "reason": "form", "best": 0, "worst": 1}
+    judged = [
+        Preference(
+            id=str(i),
+            slots={**slots, "language": "English", "order": 1},
+            texts=[f'{{"S1": "{i}"}}', f"no json {i}"],
+            **fields,
+        )
+        for i in range(10)
+    ]
+    pairs = preference_rows(tokenizer, judged)
+    plan = DpoPlan(**PLAN | {"tokens_max": 512, "learning_rate": 5e-3}, epochs=3, beta=0.1)
+    spread()
+    senior = train_dpo(tiny_model, junior.adapter_dir, pairs[2:], pairs[:2], tmp_path / "s", plan)
+    assert senior.metrics["heldout_margin"] > 0 and senior.metrics["heldout_accuracy"] == 1.0
+    trained = [training.adapter_dir / "adapter_model.safetensors" for training in (junior, senior)]
+    assert largest_difference(*trained) > 1e-3
