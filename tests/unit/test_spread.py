@@ -1,4 +1,6 @@
-"""Trainings over two processes that each hold a part of the model (FSDP), as one process does."""
+"""Trainings over two processes that each hold a part of the model, by FSDP and DeepSpeed ZeRO-3."""
+
+import importlib.util
 
 import pytest
 import torch
@@ -14,21 +16,25 @@ from speed_utils.sft import sft_rows, train_sft
 from speed_utils.training import TrainingPlan
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="written for CPUs")
+has_deepspeed = importlib.util.find_spec("deepspeed")
+no_deepspeed = pytest.mark.skipif(not has_deepspeed, reason="pip install deepspeed==0.19.8")
+configs = pytest.mark.parametrize("config", ["fsdp", pytest.param("zero3", marks=no_deepspeed)])
 PLAN = {"learning_rate": 1e-2, "batch_size": 4, "tokens_max": 128}
 
 
 @pytest.fixture
 def spread(monkeypatch):
-    """A function that lets trainings from now on run under FSDP, and fail at a step."""
+    """A function that lets trainings from now on run under a config, and fail at a step."""
     monkeypatch.setattr(launch, "_assert_for_cpu", lambda _path: None)
     monkeypatch.setenv("PYTHONPATH", "tests")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
-    def begin(stop_at=None):
+    def begin(config="fsdp", stop_at=None):
         def launch_spread(function, arguments, out_dir):
             arguments = {"function": function, "arguments": arguments, "stop_at": stop_at}
             launch.launch("spread_on_cpu:call_spread", arguments, out_dir)
 
-        monkeypatch.setenv("SPEED_ACCELERATE", "data/accelerate/fsdp.yaml")
+        monkeypatch.setenv("SPEED_ACCELERATE", f"data/accelerate/{config}.yaml")
         monkeypatch.setattr(training, "launch", launch_spread)
 
     return begin
@@ -67,18 +73,20 @@ def test_the_embedder(tiny_model, make_example, tmp_path, spread):
     assert largest_difference(*names) < 1e-4
 
 
-def test_fine_tuning(tiny_model, tmp_path, spread):
+@configs
+def test_fine_tuning(tiny_model, tmp_path, spread, config):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     rows = sft_rows(tokenizer, [(f"write number {i}", f'{{"S1": "{i}"}}') for i in range(10)])
     plan = TrainingPlan(**PLAN, epochs=2)
     one = train_sft(tiny_model, rows[2:], rows[:2], tmp_path / "one", plan)
-    spread()
+    spread(config)
     two = train_sft(tiny_model, rows[2:], rows[:2], tmp_path / "two", plan)
     assert two.metrics["heldout_loss"] == pytest.approx(one.metrics["heldout_loss"], abs=0.2)
     assert two.metrics["heldout_loss"] < two.metrics["heldout_loss_base"] - 0.2
 
 
-def test_preference_optimization(tiny_model, tmp_path, spread):
+@configs
+def test_preference_optimization(tiny_model, tmp_path, spread, config):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     rows = sft_rows(tokenizer, [(f"write number {i}", f'{{"S1": "{i}"}}') for i in range(10)])
     junior = train_sft(
@@ -97,7 +105,7 @@ def test_preference_optimization(tiny_model, tmp_path, spread):
     ]
     pairs = preference_rows(tokenizer, judged)
     plan = DpoPlan(**PLAN | {"tokens_max": 512, "learning_rate": 5e-3}, epochs=3, beta=0.1)
-    spread()
+    spread(config)
     senior = train_dpo(tiny_model, junior.adapter_dir, pairs[2:], pairs[:2], tmp_path / "s", plan)
     assert senior.metrics["heldout_margin"] > 0 and senior.metrics["heldout_accuracy"] == 1.0
     trained = [training.adapter_dir / "adapter_model.safetensors" for training in (junior, senior)]
