@@ -21,9 +21,15 @@ from pathlib import Path
 
 from speed_utils.batches import KindBatches
 from speed_utils.contrastive_loss import ContrastiveLoss, text_labels
+from speed_utils.embedder import (
+    assert_features_end,
+    build_embedder,
+    query_text,
+    save_embedder,
+)
 from speed_utils.launch import n_processes
 from speed_utils.models import device_and_dtype
-from speed_utils.records import KINDS, Example, record_id, write_text
+from speed_utils.records import KINDS, Example, write_text
 from speed_utils.training import (
     CHECKPOINT_EVERY_STEPS,
     TrainingError,
@@ -37,10 +43,7 @@ from speed_utils.training import (
 CPU_ACTIVATION_BYTES = 2 * 2**30
 CHECKPOINT_FILE = "trained.safetensors"
 SCHEDULES = {"linear": "linear", "constant": "constant_with_warmup"}  # ours to transformers'
-# Other implementations take a batch without padding, which has no mask, for a causal one.
-UNMASKED = {"attn_implementation": "eager"}
 ATTENTIONS = ("causal", "bidirectional")
-QUERY_TEMPLATE = "Instruct: {task}\nQuery: {query}"  # on the query side only (Section 3.3)
 
 
 @dataclass(frozen=True)
@@ -114,62 +117,6 @@ class EmbedderTraining:
     history: list[dict]
     metrics: dict[str, float]
     was_reused: bool
-
-
-def query_text(task: str, query: str) -> str:
-    """The query with its task instruction, as in training and evaluation."""
-    return QUERY_TEMPLATE.format(task=task, query=query)
-
-
-def build_embedder(base_dir: Path | str, tokens_max: int, attention: str = "causal") -> object:
-    """A causal language model as an embedder: its last token, an appended EOS, L2 normalised.
-
-    The EOS is added by the saved tokenizer itself, so that a plain SentenceTransformer does it too;
-    so is bidirectional attention by the saved configuration.
-
-    Returns:
-        A SentenceTransformer whose embeddings have shape (batch, hidden size), float32.
-
-    Raises:
-        TrainingError: the tokenizer cannot be made to append the EOS.
-    """
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import (
-        Normalize,
-        Pooling,
-        Transformer,
-    )
-
-    device, dtype = device_and_dtype()
-    # Without this, sentence-transformers renders every text through the base's chat template.
-    text_only = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
-    is_causal = attention == "causal"
-    transformer = Transformer(
-        str(base_dir),
-        max_seq_length=tokens_max,
-        model_kwargs={"dtype": dtype, **({} if is_causal else UNMASKED)},
-        modality_config=text_only,
-        module_output_name="token_embeddings",
-    )
-    if not is_causal:
-        transformer.model.config.is_causal = False  # transformers makes its masks by it
-    transformer.tokenizer.chat_template = None
-    _append_eos(transformer.tokenizer)
-    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
-    model = SentenceTransformer(modules=[transformer, pooling, Normalize()], device=device)
-    model.max_seq_length = tokens_max
-    assert_eos(model, ["a", "a longer text " * tokens_max])
-    return model
-
-
-def assert_eos(model: object, texts: Sequence[str]) -> None:
-    """Check that every text ends with the EOS after tokenization, cut or not.
-
-    Raises:
-        TrainingError: one does not; its embedding would be that of another token.
-    """
-    features = model.preprocess(list(texts))
-    _assert_features_end(features, model.tokenizer.eos_token_id)
 
 
 def training_rows(
@@ -267,35 +214,11 @@ def train_here(base_dir: str, rows: dict[str, list[dict]], out_dir: str, plan: d
         / result.metrics["train_runtime"],
         "padding_share": trainer.loss.n_padding / max(1, trainer.loss.n_tokens),
     }
-    _save(model, folder / "model", plan, metrics)
+    save_embedder(model, folder / "model", asdict(plan), metrics)
     state = {"key": key, "done": True, "history": history, "metrics": metrics}
     write_text(folder / "training.json", json.dumps(state, indent=1))
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-
-
-def _append_eos(tokenizer: object) -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
-    ids = tokenizer("x")["input_ids"]
-    if ids[-1] == eos_id:
-        return
-    bos = [tokenizer.bos_token] if ids[0] == tokenizer.bos_token_id else []
-    special = [(eos, eos_id)] + [(token, tokenizer.bos_token_id) for token in bos]
-    single = [*bos, "$A", eos]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=single, pair=[*single, "$B:1", f"{eos}:1"], special_tokens=special
-    )
-    if tokenizer("x")["input_ids"][-1] != eos_id:
-        raise TrainingError(f"cannot make {type(tokenizer).__name__} append {eos!r}")
-
-
-def _assert_features_end(features: dict, eos_id: int) -> None:
-    ids, mask = features["input_ids"], features["attention_mask"]
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
-    if not (ids.gather(1, last[:, None]).squeeze(1) == eos_id).all():
-        raise TrainingError("an input does not end with the EOS token")
 
 
 def _add_lora(model: object, plan: EmbedderPlan) -> None:
@@ -441,7 +364,7 @@ def _assert_eos_in_batches(trainer: object, eos_id: int) -> None:
     def collect_and_check(inputs):
         features, labels = collect(inputs)
         for feature in features:
-            _assert_features_end(feature, eos_id)
+            assert_features_end(feature, eos_id)
         return features, labels
 
     trainer.collect_features = collect_and_check
@@ -452,49 +375,3 @@ def _finished(out_dir: Path, key: str) -> EmbedderTraining | None:
     if done is None:
         return None
     return EmbedderTraining(out_dir / "model", done.history, done.metrics, True)
-
-
-def _save(model: object, model_dir: Path, plan: EmbedderPlan, metrics: dict) -> None:
-    part = model_dir.with_name(f"{model_dir.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save(str(part), create_model_card=False)
-    if plan.attention == "bidirectional":
-        path = part / "sentence_bert_config.json"
-        config = json.loads(path.read_text(encoding="utf8"))
-        path.write_text(json.dumps({**config, "model_kwargs": UNMASKED}, indent=1), encoding="utf8")
-    (part / "README.md").write_text(_model_card(plan, metrics), encoding="utf8")
-    shutil.rmtree(model_dir, ignore_errors=True)
-    part.rename(model_dir)
-
-
-def _model_card(plan: EmbedderPlan, metrics: dict) -> str:
-    settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(plan).items())
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-language: en
-tags: [sentence-transformers, synthetic-data, speed-study]
----
-
-# Embedding model trained on synthetic data ({record_id(asdict(plan), metrics)})
-
-Trained by the SPEED study on {metrics["n_examples"]} synthesized examples in
-{metrics["n_steps"]} steps. The last token (an EOS that the tokenizer appends) is the embedding.
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("path/of/this/folder")
-queries = ["Instruct: Retrieve text that answers the question\\nQuery: how do tides work"]
-documents = ["The pull of the moon raises the sea twice a day."]
-print(model.similarity(model.encode(queries), model.encode(documents)))
-```
-
-Queries carry the instruction, documents do not. For symmetric tasks both sides carry it.
-
-| setting | value |
-| --- | --- |
-{settings}
-
-Limits: English; a small base model and little data; not for decisions about people.
-"""

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from speed_utils.contrastive import query_text
+from speed_utils.embedder import query_text
 from speed_utils.shared_prefix import share_prefix
 
 CQADUPSTACK_FORUMS = (

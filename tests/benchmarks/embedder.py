@@ -105,8 +105,9 @@ def _measure(name: str, batch: int, options: argparse.Namespace) -> dict:
     import torch
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    from speed_utils.contrastive import EmbedderPlan, _add_lora, build_embedder
+    from speed_utils.contrastive import EmbedderPlan, _add_lora
     from speed_utils.contrastive_loss import ContrastiveLoss, text_labels
+    from speed_utils.embedder import build_embedder
 
     if name == "peer" and not torch.cuda.is_available():
         limit = int((options.peer_gib + 4) * 2**30)  # address space; libraries take some
@@ -150,7 +151,7 @@ def _measure(name: str, batch: int, options: argparse.Namespace) -> dict:
 
 
 def _triplets() -> list[tuple[str, str, str]]:
-    from speed_utils.contrastive import query_text
+    from speed_utils.embedder import query_text
     from speed_utils.records import KIND_KEYS
 
     rows = map(json.loads, (ROOT_DIR / "data" / "teacher" / "seed.jsonl").open())

@@ -90,7 +90,7 @@ def main() -> None:
 def _models(trained_dir: Path) -> list:
     from sentence_transformers import SentenceTransformer
 
-    from speed_utils.contrastive import build_embedder
+    from speed_utils.embedder import build_embedder
     from speed_utils.evaluation import instructed, plain
     from speed_utils.models import resolve_model
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from speed_utils.contrastive import build_embedder
 from speed_utils.contrastive_loss import ContrastiveLoss, length_groups, text_labels
+from speed_utils.embedder import build_embedder
 from speed_utils.launch import CONFIG_VARIABLE, launch
 
 TAU = 0.05

@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from speed_utils import contrastive
-from speed_utils.contrastive import EmbedderPlan, build_embedder, train_embedder, training_rows
+from speed_utils.contrastive import EmbedderPlan, train_embedder, training_rows
+from speed_utils.embedder import build_embedder
 from speed_utils.launch import LaunchError
 from speed_utils.training import TrainingError
 
@@ -51,7 +52,7 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(contrastive, "_assert_features_end", stop_in_step_8)
+        patch.setattr(contrastive, "assert_features_end", stop_in_step_8)
         with pytest.raises(KeyboardInterrupt):
             train_embedder(tiny_model, examples, tmp_path / "stopped", plan)
     steps = [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")]

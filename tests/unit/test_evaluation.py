@@ -11,7 +11,7 @@ import pytest
 
 from speed_utils import evaluation, mteb_models
 from speed_utils.benchmark_files import BenchmarkError, read_retrieval, read_sts
-from speed_utils.contrastive import query_text
+from speed_utils.embedder import query_text
 from speed_utils.evaluation import EvaluationError, compare, evaluate, find_tasks, hub_answers
 
 SUBJECTS = ["tide", "bread", "comet", "violin"]
@@ -255,7 +255,7 @@ def test_broken_files_name_their_line(tmp_path):
 def test_instructions_stand_on_queries_and_symmetric_texts_only(
     tiny_model, benchmark_dir, tmp_path
 ):
-    from speed_utils.contrastive import build_embedder
+    from speed_utils.embedder import build_embedder
 
     embedder = build_embedder(tiny_model, 32)
     seen = []
@@ -284,7 +284,7 @@ def test_instructions_stand_on_queries_and_symmetric_texts_only(
 
 
 def test_the_same_weights_with_and_without_instructions_are_two_results(tiny_model):
-    from speed_utils.contrastive import build_embedder
+    from speed_utils.embedder import build_embedder
 
     short, long = build_embedder(tiny_model, 16), build_embedder(tiny_model, 32)
     metas = [
@@ -298,7 +298,7 @@ def test_the_same_weights_with_and_without_instructions_are_two_results(tiny_mod
 def test_e5_prompts_are_for_tasks_that_exist_and_reach_the_model(tiny_model):
     import mteb
 
-    from speed_utils.contrastive import build_embedder
+    from speed_utils.embedder import build_embedder
 
     assert len(mteb_models.E5_PROMPTS) == 10 + 1 + 12
     model = evaluation.instructed(build_embedder(tiny_model, 16), "base", "1")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speed_utils.contrastive import build_embedder, query_text
+from speed_utils.embedder import build_embedder, query_text
 from speed_utils.shared_prefix import common_prefix_length, share_prefix
 
 PROMPT = query_text("Retrieve semantically similar text.", "")

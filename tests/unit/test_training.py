@@ -8,15 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from speed_utils.contrastive import (
-    EmbedderPlan,
-    assert_eos,
-    build_embedder,
-    query_text,
-    train_embedder,
-    training_rows,
-)
+from speed_utils.contrastive import EmbedderPlan, train_embedder, training_rows
 from speed_utils.dpo import DpoPlan, preference_rows, train_dpo
+from speed_utils.embedder import assert_eos, build_embedder, query_text
 from speed_utils.records import Preference, example_text
 from speed_utils.sft import sft_rows, split_heldout, train_sft, within_tokens
 from speed_utils.training import TrainingError, TrainingPlan
