@@ -29,7 +29,7 @@ from speed_utils.study import StudyError, run_study
 
 WAIT_SECONDS = 5.0  # until a shard is tried again that its dead worker's kernel still holds
 WAIT_SECONDS_MAX = 300.0  # after which somebody else must hold it
-FORWARDED = ("SPEED_CACHE", "SPEED_PRICES", "HF_ENDPOINT", "HF_HOME")  # never a key
+FORWARDED = ("SPEED_CACHE", "SPEED_DTYPE", "SPEED_PRICES", "HF_ENDPOINT", "HF_HOME")  # never a key
 GENERATING_STAGES = ("05_build_preferences", "07_write_revisions", "09_synthesize")
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not loaded after a fork
 BUSY_SIGNS = ("is being executed by process", "is being written by another process")
