@@ -17,7 +17,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import combinations, islice, repeat
@@ -186,13 +185,14 @@ def deduplicate_file(
         copy_lines,
         sign_block,
         threads_and_block_bytes,
+        worker_threads,
     )
 
     n_bands, n_rows = plan.bands()
     n_threads, block_bytes = threads_and_block_bytes(plan.memory_gib)
     work_dir = _work_dir(path, kept_path, [*astuple(plan), n_bands, n_rows, block_bytes])
     sign = partial(sign_block, path, plan.n_permutations, (n_bands, n_rows), work_dir)
-    with ThreadPoolExecutor(n_threads) as threads:
+    with worker_threads(n_threads) as threads:
         spans = block_spans(path, block_bytes)
         blocks = list((mapper or threads.map)(sign, list(enumerate(spans))))
         index = join.read_index(blocks)

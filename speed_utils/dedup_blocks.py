@@ -1,6 +1,6 @@
-"""Examples in blocks: read, signed and noted on disk, one block at a time, by whom it may be.
+"""Examples in blocks: read, signed and noted on disk, a block a thread, by whom it may be.
 
-    spans = block_spans(path, block_bytes)
+    spans = list(block_spans(path, block_bytes))
     notes_path = sign_block(path, n_permutations, bands, work_dir, (0, spans[0]))
 
 Paper: not stated; ours, because a million examples are more than memory should hold.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,7 +25,7 @@ from speed_utils.records import KINDS, RecordError, replace_file
 
 TEXT_FIELDS = ("query", "positive", "negative")
 BLOCK_BYTES_MAX = 16 * 2**20  # of the input, read at once by one thread
-BLOCK_MEMORY = 8  # bytes that a thread takes for each byte of its block
+BLOCK_MEMORY = 12  # bytes that a thread takes for each byte of its block, at most
 PARSE_BYTES = 2**22  # of JSON for one thread at a time
 COPY_BYTES = 2**24
 
@@ -33,6 +35,16 @@ def threads_and_block_bytes(memory_gib: float) -> tuple[int, int]:
     n_bytes = int(memory_gib * 2**30) // BLOCK_MEMORY
     n_threads = min(os.cpu_count() or 1, n_bytes // BLOCK_BYTES_MAX)
     return max(1, n_threads), max(1, min(BLOCK_BYTES_MAX, n_bytes))
+
+
+@contextmanager
+def worker_threads(n_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads that drops what it has not begun when an error or Ctrl-C ends its use."""
+    threads = ThreadPoolExecutor(n_threads)
+    try:
+        yield threads
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)
 
 
 def block_spans(path: Path, block_bytes: int) -> Iterator[tuple[int, int]]:
@@ -198,6 +210,8 @@ def copy_lines(
                 ):
                     while start < stop:
                         data = os.pread(source.fileno(), min(COPY_BYTES, stop - start), start)
+                        if not data:
+                            raise OSError(f"{path} was changed while it was read; run it again")
                         n_bytes = os.pwrite(target.fileno(), data, place)
                         start, place = start + n_bytes, place + n_bytes
 

@@ -31,7 +31,7 @@ RANK_BITS = np.uint64(32)
 LOW_BITS = np.uint64(0xFFFFFFFF)
 FIRST_ROUND = 1024  # examples; a constant, so that the same pairs decide on every machine
 BANDS_AT_ONCE = 4  # by threads; each holds 24 bytes an example
-PAIRS_AT_ONCE = 2**23  # candidate pairs, repeated ones among them, before they are thinned
+PAIRS_AT_ONCE = 2**23  # candidate pairs, from which on repeated ones are thinned out
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def write_bands(
         np.save(path, _joined(parts, np.empty(0, np.uint64)).take(index.order))
         return path
 
-    return list(mapper(write_band, range(n_bands)))
+    return [path for few in _few(range(n_bands)) for path in mapper(write_band, few)]
 
 
 def rounds(
@@ -220,11 +220,16 @@ def _candidates(
         return _bucket_pairs(np.load(path, mmap_mode="r").take(ranks), ranks, start)
 
     found = [np.empty(0, np.uint64)]
-    for first in range(0, len(bands), BANDS_AT_ONCE):
-        found += mapper(pairs_of, bands[first : first + BANDS_AT_ONCE])
+    for few in _few(bands):
+        found += mapper(pairs_of, few)
         if sum(map(len, found)) > PAIRS_AT_ONCE:
             found = [np.unique(np.concatenate(found))]
     return np.unique(np.concatenate(found))
+
+
+def _few(bands: Sequence) -> list[Sequence]:
+    """Bands in slices, for threads."""
+    return [bands[k : k + BANDS_AT_ONCE] for k in range(0, len(bands), BANDS_AT_ONCE)]
 
 
 def _bucket_pairs(hashes: np.ndarray, ranks: np.ndarray, start: int | None) -> np.ndarray:

@@ -127,6 +127,7 @@ def _load(key: str, model_dir: Path | str, batch_size: int) -> object:
     unload()
     settings = {
         "model": str(model_dir),
+        "dtype": str(device_and_dtype()[1]).removeprefix("torch."),
         "max_num_seqs": batch_size,
         "enable_prefix_caching": True,
         "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
@@ -137,7 +138,6 @@ def _load(key: str, model_dir: Path | str, batch_size: int) -> object:
         settings |= {
             "enforce_eager": True,
             "max_model_len": TOKENS_MAX_CPU,
-            "dtype": str(device_and_dtype()[1]).removeprefix("torch."),
             "enable_chunked_prefill": False,  # a seeded request that is cut ends the engine
             "max_num_batched_tokens": BATCHED_TOKENS_CPU,
         }

@@ -1,7 +1,7 @@
 """MinHash over word n-grams of millions of texts: compiled, and equal to datasketch's.
 
 Texts come as Arrow string arrays and leave as numpy arrays; nothing is a Python object in between.
-Nothing here starts threads, and nothing holds Python's lock: callers may run blocks in threads.
+The compiled loops start no threads and release Python's lock: callers run blocks in threads.
 
     texts = pa.array(["one text", "another"])
     signatures(texts)                      # (2, 128) uint32, as datasketch.MinHash computes them
@@ -191,7 +191,9 @@ def _last_few(data, place, stop):
 def _words(data, start, stop, out):
     """Hash the words of one text into ``out``, eight bytes at a time; return how many there are.
 
-    Each byte below 128 that is white space or a capital is marked by its high bit.
+    After each white space the eight bytes begin anew, so that a word's hash does not depend on its
+    place; shingle_hash says what is computed. A byte below 128 that is white space or a capital is
+    marked by its high bit. ``place`` may end one past ``stop``.
     """
     place, stop = np.uint64(start), np.uint64(stop)
     count, value, length = 0, _START, np.uint64(0)
@@ -203,9 +205,9 @@ def _words(data, start, stop, out):
         is_space = (is_blank | ((low + _FROM_TAB) & ~(low + _FROM_SO))) & is_ascii
         eight |= ((low + _FROM_A) & ~(low + _AFTER_Z) & is_ascii) >> np.uint64(2)  # lower case
         if is_space:
-            first = (is_space & (~is_space + np.uint64(1))) >> np.uint64(7)
-            n_before = (first * _PLACES) >> np.uint64(56)
-            eight &= first - np.uint64(1)
+            first = (is_space & (~is_space + np.uint64(1))) >> np.uint64(7)  # lowest marked byte
+            n_before = (first * _PLACES) >> np.uint64(56)  # its index
+            eight &= first - np.uint64(1)  # the bytes before it
             place += n_before + np.uint64(1)
         else:
             n_before = np.uint64(8)

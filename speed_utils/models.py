@@ -31,7 +31,9 @@ EMBEDDED_MODELS = {
     ),
 }
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # no pickle, no code
-DTYPE_VARIABLE = "SPEED_DTYPE"  # number format of models, where another than the fast one is wanted
+# Number format of models, where another than the fast one is wanted. It decides no key: what was
+# trained or answered in one format is taken up in the other.
+DTYPE_VARIABLE = "SPEED_DTYPE"
 DTYPES = ("bfloat16", "float32")
 
 

@@ -17,7 +17,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -98,12 +97,17 @@ def remove_overlap(path: Path, kept_path: Path, report_path: Path, known: KnownN
     """
     import numpy as np
 
-    from speed_utils.dedup_blocks import block_spans, copy_lines, threads_and_block_bytes
+    from speed_utils.dedup_blocks import (
+        block_spans,
+        copy_lines,
+        threads_and_block_bytes,
+        worker_threads,
+    )
 
     n_threads, block_bytes = threads_and_block_bytes(MEMORY_GIB)
     find = partial(_block_overlap, path, known, _low_bits_of(known))
     rows, kept, starts = [], [np.empty(0, bool)], [np.empty(0, np.int64)]
-    with ThreadPoolExecutor(n_threads) as threads:
+    with worker_threads(n_threads) as threads:
         for own_starts, is_kept, own_rows in threads.map(find, block_spans(path, block_bytes)):
             kept.append(is_kept)
             starts.append(own_starts[:-1])

@@ -20,6 +20,7 @@ from speed_utils.models import device_and_dtype, render_chat
 from speed_utils.prompts import messages
 from speed_utils.training import (
     Training,
+    TrainingError,
     TrainingPlan,
     common_arguments,
     finished_training,
@@ -144,11 +145,14 @@ def train_here(
     )
     use_text_progress(trainer, "sft")
     result = trainer.train(resume_from_checkpoint=has_checkpoint(out_dir) or None)
-    evaluations = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    before = next((row for row in trainer.state.log_history if "eval_loss" in row), None)
+    if before is None:
+        raise TrainingError(f"a checkpoint in {out_dir} is of an older version; remove that folder")
+    own_seconds = before["eval_runtime"] if arguments["eval_on_start"] else 0
     metrics = {
-        "heldout_loss_base": evaluations[0],
+        "heldout_loss_base": before["eval_loss"],
         "heldout_loss": trainer.evaluate()["eval_loss"],
-        "train_seconds": result.metrics["train_runtime"],
+        "train_seconds": result.metrics["train_runtime"] - own_seconds,
         "n_rows": len(fitting),
         "n_left_out": len(rows) - len(fitting),
     }

@@ -8,7 +8,7 @@ import pytest
 from speed_utils.records import Example
 
 ROOT_DIR = Path(__file__).parent.parent
-os.environ["SPEED_DTYPE"] = "float32"  # bounds of 1e-5 need it; kernels and processes inherit it
+os.environ.setdefault("SPEED_DTYPE", "float32")  # bounds of 1e-5 need it; kernels inherit it
 
 
 @pytest.fixture

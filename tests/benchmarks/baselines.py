@@ -101,6 +101,9 @@ def _scores(arm: str, seed: int, options: argparse.Namespace) -> tuple[int, dict
 def _folder(arm: str, seed: int, options: argparse.Namespace) -> Path:
     """Where an arm's work is kept, named by what decides it."""
     decides = [_parameters(options.run_dir, "11_train_embedder")]
+    decides.append(_parameters(options.run_dir, "10_deduplicate")["threshold"])
+    if arm.startswith("teacher"):
+        decides.append((TEACHER_DIR / "seed.jsonl").read_text(encoding="utf8"))
     if arm == "teacher":
         decides.append(options.teacher_examples)
     else:

@@ -8,9 +8,9 @@ rates, not their times, are compared); one that is not installed gives null:
 pip install rensa==0.5.0 "datatrove[io,processing]==0.10.1".
 
 Prints one JSON object: examples, seconds, examples_per_second, ratio_to_datasketch,
-ratio_to_rensa, ratio_to_datatrove, precision (removed ones whose exact similarity to the kept one
-they name reaches the threshold), recall_085 (planted pairs of similarity 0.85 and above whose later
-one is gone), peak_gib, time_growth (time per example over that at a tenth of the examples).
+ratio_to_rensa, ratio_to_datatrove, precision (removed ones, 100,000 at most, whose exact similarity
+to the kept one they name reaches the threshold), recall_085 (planted pairs of similarity 0.85 and
+above whose later one is gone), peak_gib, time_growth (time per example over that at a tenth).
 """
 
 import argparse

@@ -347,7 +347,7 @@ def test_lines_start_after_line_ends(data, starts):
     assert dedup_blocks.line_starts(data).tolist() == starts
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=40), st.booleans())
 def test_lines_are_copied_by_threads_as_by_hand(tmp_path_factory, lines, has_last_newline):
     text = [b"x" * length + b"\n" for _, length in lines]

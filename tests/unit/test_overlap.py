@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speed_utils import minhash, overlap
+from speed_utils import dedup_blocks, minhash, overlap
 from speed_utils.overlap import known_ngrams, ngrams, remove_overlap
 from speed_utils.records import Example, RecordError, read_records, write_records
 
@@ -62,7 +62,8 @@ def test_blocks_do_not_matter(make_example, tmp_path, monkeypatch):
         make_example(id=f"{i:03d}", positive=EVALUATION if i % 7 == 0 else f"number {i}")
         for i in range(50)
     ]
-    monkeypatch.setattr(overlap, "MEMORY_GIB", 700 * 8 / 2**30)  # blocks of 700 bytes
+    monkeypatch.setattr(dedup_blocks, "BLOCK_BYTES_MAX", 700)
+    monkeypatch.setattr(dedup_blocks.os, "cpu_count", lambda: 4)
     kept, rows, _ = removed(tmp_path, examples, {"e": [EVALUATION]})
     assert kept == [e.id for i, e in enumerate(examples) if i % 7]
     assert [row["id"] for row in rows] == [e.id for i, e in enumerate(examples) if i % 7 == 0]

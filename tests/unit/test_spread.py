@@ -4,8 +4,9 @@ import importlib.util
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from speed_utils import launch, training
 from speed_utils.contrastive import EmbedderPlan, train_embedder
@@ -46,6 +47,20 @@ def largest_difference(one, other):
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
+def loss_of(base_dir, adapter_dir, prompts, completions):
+    """Mean loss of the completions by an adapter that was saved, EOS included."""
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, adapter_dir)
+    losses = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]
+        labels = torch.tensor([ids])
+        labels[:, : len(tokenizer(prompt)["input_ids"])] = -100
+        losses.append(model(input_ids=torch.tensor([ids]), labels=labels).loss.item())
+    return sum(losses) / len(losses)
+
+
 def test_the_embedder(tiny_model, make_example, tmp_path, spread):
     kinds = ["sts", "retrieval", "matching_short"]
     examples = [
@@ -66,7 +81,7 @@ def test_the_embedder(tiny_model, make_example, tmp_path, spread):
     with pytest.raises(LaunchError, match="stopped at step 5"):
         train_embedder(tiny_model, examples, tmp_path / "two", plan)
     assert (tmp_path / "two" / "checkpoint-4").is_dir()
-    spread()
+    spread(stop_at=3)  # which a training that goes on from step 4 does not meet
     two = train_embedder(tiny_model, examples, tmp_path / "two", plan)
     assert two.metrics["n_processes"] == 2 and two.metrics["n_steps"] == 8
     names = [training.model_dir / "model.safetensors" for training in (one, two)]
@@ -79,10 +94,16 @@ def test_fine_tuning(tiny_model, tmp_path, spread, config):
     rows = sft_rows(tokenizer, [(f"write number {i}", f'{{"S1": "{i}"}}') for i in range(10)])
     plan = TrainingPlan(**PLAN, epochs=2)
     one = train_sft(tiny_model, rows[2:], rows[:2], tmp_path / "one", plan)
-    spread(config)
+    spread(config, stop_at=3)
+    with pytest.raises(LaunchError, match="stopped at step 3"):
+        train_sft(tiny_model, rows[2:], rows[:2], tmp_path / "two", plan)
+    spread(config, stop_at=1)
     two = train_sft(tiny_model, rows[2:], rows[:2], tmp_path / "two", plan)
     assert two.metrics["heldout_loss"] == pytest.approx(one.metrics["heldout_loss"], abs=0.2)
     assert two.metrics["heldout_loss"] < two.metrics["heldout_loss_base"] - 0.2
+    heldout = [[row[name] for row in rows[:2]] for name in ("prompt", "completion")]
+    saved = loss_of(tiny_model, two.adapter_dir, *heldout)
+    assert saved == pytest.approx(two.metrics["heldout_loss"], abs=0.02)
 
 
 @configs
@@ -105,8 +126,16 @@ def test_preference_optimization(tiny_model, tmp_path, spread, config):
     ]
     pairs = preference_rows(tokenizer, judged)
     plan = DpoPlan(**PLAN | {"tokens_max": 512, "learning_rate": 5e-3}, epochs=3, beta=0.1)
-    spread(config)
+    spread(config, stop_at=5)
+    with pytest.raises(LaunchError, match="stopped at step 5"):
+        train_dpo(tiny_model, junior.adapter_dir, pairs[2:], pairs[:2], tmp_path / "s", plan)
+    spread(config, stop_at=3)
     senior = train_dpo(tiny_model, junior.adapter_dir, pairs[2:], pairs[:2], tmp_path / "s", plan)
     assert senior.metrics["heldout_margin"] > 0 and senior.metrics["heldout_accuracy"] == 1.0
-    trained = [training.adapter_dir / "adapter_model.safetensors" for training in (junior, senior)]
-    assert largest_difference(*trained) > 1e-3
+    prompts = [pair["prompt"] for pair in pairs[:2]]
+    gaps = [
+        loss_of(tiny_model, training.adapter_dir, prompts, [pair["rejected"] for pair in pairs[:2]])
+        - loss_of(tiny_model, training.adapter_dir, prompts, [pair["chosen"] for pair in pairs[:2]])
+        for training in (junior, senior)
+    ]
+    assert gaps[1] > gaps[0] + 0.1

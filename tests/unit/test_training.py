@@ -214,6 +214,7 @@ def test_interrupted_trainings_end_as_undisturbed_ones(
                 train(f"stopped {train.__name__}")
         assert training.has_checkpoint(tmp_path / f"stopped {train.__name__}")
         went_on = train(f"stopped {train.__name__}")
+        assert went_on.metrics.get("heldout_loss_base") == calm.metrics.get("heldout_loss_base")
         expected = load_file(calm.adapter_dir / "adapter_model.safetensors")
         found = load_file(went_on.adapter_dir / "adapter_model.safetensors")
         largest = max((found[name] - expected[name]).abs().max().item() for name in expected)
