@@ -159,9 +159,11 @@ def _draw(model: object, task_class: type, number: int) -> float:
         _draw_queries(task.dataset["default"]["test"], rng)
     else:
         rows = task.dataset["test"]
-        task.dataset["test"] = rows.select([rng.randrange(len(rows)) for _ in rows])
-    if type_ == "Clustering":
-        task.n_clusters = CLUSTER_SAMPLES
+        drawn = [rng.randrange(len(rows)) for _ in rows]
+        if type_ == "Clustering":  # copies would always be in one cluster, and raise the score
+            drawn = sorted(set(drawn))
+            task.n_clusters = CLUSTER_SAMPLES
+        task.dataset["test"] = rows.select(drawn)
     results = mteb.evaluate(model, task, cache=None, co2_tracker=False, show_progress_bar=False)
     return 100 * float(results.task_results[0].get_score())
 
