@@ -16,6 +16,7 @@ above whose later one is gone), peak_gib, time_growth (time per example over tha
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import resource
 import sys
@@ -141,6 +142,7 @@ def _head(path: Path, part: Path, n_lines: int) -> None:
 
 def _apart(function, *arguments) -> tuple[float, float] | None:
     """(seconds, peak GiB) of a call in a fresh process; None where its library is missing."""
+    os.sync()  # what was written before is not flushed on this one's time
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_measured, args=(queue, function, *arguments))
