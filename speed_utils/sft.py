@@ -134,7 +134,8 @@ def train_here(
     fitting = within_tokens(tokenizer, rows, plan.tokens_max)
     fitting_heldout = within_tokens(tokenizer, heldout, plan.tokens_max)
     arguments = common_arguments(plan, out_dir, len(fitting))
-    arguments["eval_on_start"] = not has_checkpoint(out_dir)  # a checkpoint has this in its history
+    is_resumed = has_checkpoint(out_dir)
+    arguments["eval_on_start"] = not is_resumed  # a checkpoint has this in its history
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(base_dir, dtype=device_and_dtype()[1]),
         args=SFTConfig(completion_only_loss=True, packing=False, **arguments),
@@ -144,11 +145,11 @@ def train_here(
         peft_config=lora_config(plan.lora_rank),
     )
     use_text_progress(trainer, "sft")
-    result = trainer.train(resume_from_checkpoint=has_checkpoint(out_dir) or None)
+    result = trainer.train(resume_from_checkpoint=is_resumed or None)
     before = next((row for row in trainer.state.log_history if "eval_loss" in row), None)
     if before is None:
         raise TrainingError(f"a checkpoint in {out_dir} is of an older version; remove that folder")
-    own_seconds = before["eval_runtime"] if arguments["eval_on_start"] else 0
+    own_seconds = 0 if is_resumed else before["eval_runtime"]
     metrics = {
         "heldout_loss_base": before["eval_loss"],
         "heldout_loss": trainer.evaluate()["eval_loss"],

@@ -33,6 +33,22 @@ def make_example():
 
 
 @pytest.fixture
+def examples(make_example) -> list[Example]:
+    """Sixteen pairs and triplets of three kinds, their queries of four lengths."""
+    kinds = ["sts", "retrieval", "matching_short"]
+    return [
+        make_example(
+            id=str(i),
+            kind=kinds[i % 3],
+            query=f"query {i} " * (i % 4 + 1),
+            positive=f"answer {i}",
+            negative=None if i % 3 == 2 else f"other {i}",
+        )
+        for i in range(16)
+    ]
+
+
+@pytest.fixture
 def outputs(tmp_path, monkeypatch):
     """An empty outputs folder for runs."""
     monkeypatch.setenv("SPEED_OUTPUTS", str(tmp_path / "outputs"))

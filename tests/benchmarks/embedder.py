@@ -151,10 +151,12 @@ def _measure(name: str, batch: int, options: argparse.Namespace) -> dict:
 
 
 def _triplets() -> list[tuple[str, str, str]]:
+    from speed_utils.data_check import read_rows
     from speed_utils.embedder import query_text
     from speed_utils.records import KIND_KEYS
+    from speed_utils.teacher import TEACHER_DIR
 
-    rows = map(json.loads, (ROOT_DIR / "data" / "teacher" / "seed.jsonl").open())
+    rows = read_rows(TEACHER_DIR / "seed.jsonl")
     triplets = []
     for row in rows:
         texts = [row["answer"].get(key) for key in KIND_KEYS[row["kind"]]]

@@ -115,7 +115,10 @@ def _bag_of_words():
     from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
     from sklearn.pipeline import make_pipeline
 
-    rows = map(json.loads, (ROOT_DIR / "data/teacher/seed.jsonl").open(encoding="utf8"))
+    from speed_utils.data_check import read_rows
+    from speed_utils.teacher import TEACHER_DIR
+
+    rows = read_rows(TEACHER_DIR / "seed.jsonl")
     texts = [text for row in rows for text in row["answer"].values()]
     bag = make_pipeline(
         HashingVectorizer(n_features=N_FEATURES, alternate_sign=False, norm=None),

@@ -15,21 +15,6 @@ from speed_utils.training import TrainingError
 PLAN = {"learning_rate": 1e-2, "epochs": 3, "batch_size": 4, "tokens_max": 32, "temperature": 0.1}
 
 
-@pytest.fixture
-def examples(make_example):
-    kinds = ["sts", "retrieval", "matching_short"]
-    return [
-        make_example(
-            id=str(i),
-            kind=kinds[i % 3],
-            query=f"query {i} " * (i % 4 + 1),
-            positive=f"answer {i}",
-            negative=None if i % 3 == 2 else f"other {i}",
-        )
-        for i in range(16)
-    ]
-
-
 def weights(training):
     return load_file(training.model_dir / "model.safetensors")
 

@@ -61,18 +61,7 @@ def loss_of(base_dir, adapter_dir, prompts, completions):
     return sum(losses) / len(losses)
 
 
-def test_the_embedder(tiny_model, make_example, tmp_path, spread):
-    kinds = ["sts", "retrieval", "matching_short"]
-    examples = [
-        make_example(
-            id=str(i),
-            kind=kinds[i % 3],
-            query=f"query {i} " * (i % 4 + 1),
-            positive=f"answer {i}",
-            negative=None if i % 3 == 2 else f"other {i}",
-        )
-        for i in range(16)
-    ]
+def test_the_embedder(tiny_model, examples, tmp_path, spread):
     plan = EmbedderPlan(
         **PLAN | {"tokens_max": 32}, epochs=2, temperature=0.1, mini_batch_tokens=30
     )
