@@ -1,12 +1,16 @@
 """Does the bundled benchmark tell models apart, and does it rank them as real MTEB tasks do?
 
 python tests/benchmarks/models.py [--trained DIR] [--mteb STSBenchmark,STS12] [--resamples 100]
+    [--out outputs/models]
 
 Scores five models: random vectors, a bag of words (TF-IDF, hashed, its weights from
 data/teacher/seed.jsonl), the untrained base, the reference encoder and the run's trained embedder
 (default: of outputs/runs/laptop). Intervals come from the bootstrap: each task's test items
 (queries, pairs, texts) are drawn again with replacement and scored anew on the same embeddings, the
 same draws for every model; the interval of the mean draws all tasks at once.
+
+Scores stay in --out: killed, it goes on where it was, and --mteb with another task scores only that
+one. Draws are made anew.
 
 Prints one JSON object: scores and intervals (x100, 95 %) of each model, wins (of each pair of
 models, the share of draws in which the one with the better mean wins), and with --mteb (a hub,
@@ -17,7 +21,6 @@ import argparse
 import json
 import random
 import sys
-import tempfile
 from itertools import combinations
 from pathlib import Path
 
@@ -40,6 +43,7 @@ def main() -> None:
     parser.add_argument("--trained", type=Path, default=TRAINED)
     parser.add_argument("--mteb", default="", help="real tasks, by name, with commas")
     parser.add_argument("--resamples", type=int, default=100)
+    parser.add_argument("--out", type=Path, default=ROOT_DIR / "outputs/models")
     options = parser.parse_args()
 
     from speed_utils.benchmark_tasks import TASK_CLASSES, bundled_tasks
@@ -49,17 +53,16 @@ def main() -> None:
     draws, real = {}, {}
     for name, model in _models(options.trained):
         _remember(model)
-        with tempfile.TemporaryDirectory() as results_dir:
-            scores = _scores(evaluate(model, bundled_tasks(), results_dir))
-            draws[name] = {
-                task_class.metadata.name: [
-                    _draw(model, task_class, number) for number in range(options.resamples)
-                ]
-                for task_class in TASK_CLASSES
-            }
-            if options.mteb:
-                named = find_tasks(options.mteb.split(","))
-                real[name] = _scores(evaluate(model, named, results_dir))
+        scores = _scores(evaluate(model, bundled_tasks(), options.out))
+        draws[name] = {
+            task_class.metadata.name: [
+                _draw(model, task_class, number) for number in range(options.resamples)
+            ]
+            for task_class in TASK_CLASSES
+        }
+        if options.mteb:
+            named = find_tasks(options.mteb.split(","))
+            real[name] = _scores(evaluate(model, named, options.out))
         result["models"][name] = {
             "mean": round(float(np.mean(list(scores.values()))), 1),
             "mean_interval": _interval(_means(draws[name])),
@@ -92,15 +95,25 @@ def _models(trained_dir: Path) -> list:
 
     from speed_utils.embedder import build_embedder
     from speed_utils.evaluation import instructed, plain
-    from speed_utils.models import resolve_model
+    from speed_utils.models import folder_fingerprint, resolve_model
+    from speed_utils.records import record_id
+    from speed_utils.teacher import TEACHER_DIR
 
-    base = build_embedder(resolve_model(BASE), 72)
+    base_dir, reference_dir = resolve_model(BASE), resolve_model(REFERENCE)
+    base = build_embedder(base_dir, 72)
     trained = SentenceTransformer(str(trained_dir))
-    reference = SentenceTransformer(str(resolve_model(REFERENCE)))
-    models = [("base", instructed(base, "base", "1")), ("trained", instructed(trained, "t", "1"))]
-    models += [("reference", plain(reference, "reference", "1"))]
-    for name, encode in (("random", _random_vectors), ("bag_of_words", _bag_of_words())):
-        model = plain(reference, name, "1")
+    reference = SentenceTransformer(str(reference_dir))
+    models = [
+        ("base", instructed(base, "base", folder_fingerprint(base_dir))),
+        ("trained", instructed(trained, "trained", folder_fingerprint(trained_dir))),
+        ("reference", plain(reference, "reference", folder_fingerprint(reference_dir))),
+    ]
+    bag = record_id(N_FEATURES, (TEACHER_DIR / "seed.jsonl").read_text(encoding="utf8"))
+    for name, encode, revision in (
+        ("random", _random_vectors, str(DIMENSION)),
+        ("bag_of_words", _bag_of_words(), bag),
+    ):
+        model = plain(reference, name, revision)
         model.encode = _encoder(encode)
         models.append((name, model))
     return models
@@ -124,7 +137,7 @@ def _bag_of_words():
         HashingVectorizer(n_features=N_FEATURES, alternate_sign=False, norm=None),
         TfidfTransformer(sublinear_tf=True),
     ).fit(texts)
-    return lambda texts: bag.transform(texts).toarray()
+    return lambda texts: bag.transform(texts).astype("float32").toarray()
 
 
 def _encoder(encode):
