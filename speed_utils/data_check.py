@@ -55,11 +55,16 @@ def check_data(teacher_dir: Path = TEACHER_DIR, benchmark_dir: Path = BENCHMARK_
         faults += [
             Fault("seed.jsonl", row["id"], what) for what in _seed_faults(example, row, tasks)
         ]
-    faults += _repetition_faults(seed)
+    faults += _crowded_faults(seed)
     for row in read_rows(teacher_dir / "preferences.jsonl"):
         faults += [Fault("preferences.jsonl", row["id"], w) for w in _preference_faults(row)]
+    revised: list[Example] = []
     for row in read_rows(teacher_dir / "revisions.jsonl"):
-        faults += [Fault("revisions.jsonl", row["id"], w) for w in _revision_faults(row)]
+        root = _parsed(row, row["root"])
+        revision = _parsed(row, json.dumps(row["answer"]["revision"], ensure_ascii=False))
+        faults += [Fault("revisions.jsonl", row["id"], w) for w in _revision_faults(root, revision)]
+        revised += [revision] if isinstance(revision, Example) else []
+    faults += _repetition_faults({"seed.jsonl": seed, "revisions.jsonl": revised})
     for name, texts in benchmark_texts(benchmark_dir).items():
         faults += overlap_faults(texts, name, teacher_dir)
     return faults
@@ -154,16 +159,21 @@ def _seed_faults(example: Example, row: dict, tasks: dict) -> list[str]:
     return faults
 
 
-def _repetition_faults(seed: list[Example]) -> list[Fault]:
+def _crowded_faults(seed: list[Example]) -> list[Fault]:
     counts = Counter((example.topic, example.kind) for example in seed)
-    faults = [
+    return [
         Fault("seed.jsonl", f"{topic} | {kind}", f"{n} examples, {PER_TOPIC_AND_KIND} at most")
         for (topic, kind), n in counts.items()
         if n > PER_TOPIC_AND_KIND
     ]
-    removed = near_duplicates(seed, NEAR_DUPLICATE)
-    return faults + [
-        Fault("seed.jsonl", r.id, f"nearly repeats {r.duplicate_of} ({r.jaccard:.2f})")
+
+
+def _repetition_faults(examples: dict[str, list[Example]]) -> list[Fault]:
+    """Examples that repeat an earlier one, of their own file or of one before it."""
+    file_of = {example.id: file for file, own in examples.items() for example in own}
+    removed = near_duplicates([e for own in examples.values() for e in own], NEAR_DUPLICATE)
+    return [
+        Fault(file_of[r.id], r.id, f"nearly repeats {r.duplicate_of} ({r.jaccard:.2f})")
         for r in removed
     ]
 
@@ -188,16 +198,11 @@ def _is_changed(row: dict) -> bool:
     return json.loads(row["root"]) != row["answer"]["revision"]
 
 
-def _revision_faults(row: dict) -> list[str]:
-    revision = json.dumps(row["answer"]["revision"], ensure_ascii=False)
-    faults = []
-    for name, text in (("root", row["root"]), ("revision", revision)):
-        parsed = _parsed(row, text)
-        if isinstance(parsed, Rejection):
-            faults.append(f"{name}: {parsed.reason}")
-        elif name == "revision" and _is_changed(row):
-            faults += slot_violations(parsed)
-    return faults
+def _revision_faults(root: Example | Rejection, revision: Example | Rejection) -> list[str]:
+    """A root may break its slots, which is what a revision mends; its revision may not."""
+    parsed = {"root": root, "revision": revision}
+    faults = [f"{name}: {p.reason}" for name, p in parsed.items() if isinstance(p, Rejection)]
+    return faults + (slot_violations(revision) if isinstance(revision, Example) else [])
 
 
 def _parsed(row: dict, text: str) -> Example | Rejection:

@@ -89,6 +89,12 @@ def test_what_is_undecided_or_unchanged_is_counted_and_no_fault(teacher_dir):
         ("brainstorm.jsonl", "retrieval", lambda r: r["tasks"].pop(), "4 distinct tasks"),
         ("preferences.jsonl", "sts", lambda r: r["answer"].update(best=7), "outside the list"),
         ("revisions.jsonl", "sts", lambda r: r["answer"]["revision"].pop("S1"), "revision:"),
+        (  # unchanged, though its label stands in the text
+            "revisions.jsonl",
+            "classification",
+            lambda r: r["answer"].update(revision=json.loads(r["root"])),
+            "label stands in the text",
+        ),
     ],
 )
 def test_a_planted_fault_is_found_and_named(teacher_dir, name, kind, edit, what):
@@ -105,6 +111,15 @@ def test_repeated_examples_are_found(teacher_dir):
         file.writelines(json.dumps(copy) + "\n" for copy in copies)
     found = " ".join(f.what for f in check_data(teacher_dir))
     assert "nearly repeats" in found and "2 at most" in found
+
+
+def test_a_revision_that_repeats_a_seed_example_is_found(teacher_dir):
+    seed = next(row for row in read_rows(teacher_dir / "seed.jsonl") if row["kind"] == "sts")
+    change(
+        teacher_dir, "revisions.jsonl", "sts", lambda r: r["answer"].update(revision=seed["answer"])
+    )
+    faults = [f for f in check_data(teacher_dir) if "nearly repeats" in f.what]
+    assert [f.file for f in faults] == ["revisions.jsonl"] and seed["id"] in faults[0].what
 
 
 def test_text_of_an_evaluation_is_found_whatever_its_case_and_commas():
