@@ -1,0 +1,195 @@
+"""Junior, senior and revisor of several runs, on recorded signals that none was trained on.
+
+python tests/benchmarks/heldout.py RUN_DIR [RUN_DIR ...] [--items 60]
+
+A run's own held-out data are few, and other ones where the recorded teacher has changed. Here all
+runs are measured on up to --items seed examples, judged lists and revisions of data/teacher whose
+ids stand in no run's training data, in float32, whatever the runs were trained in.
+
+Prints one JSON object. For each run: junior and revisor with the loss (nats a token, mean over
+items) before and after training, the revisor's also apart for roots that the teacher left
+unchanged; the senior with the share of lists whose best it prefers to the worst more than its
+junior does, the 95 % interval of that share (Clopper-Pearson), and the mean margin in nats.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT_DIR = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT_DIR))
+
+from speed_utils.data_check import read_rows  # noqa: E402
+from speed_utils.dpo import preference_rows  # noqa: E402
+from speed_utils.models import resolve_model  # noqa: E402
+from speed_utils.parsing import parse_example, parse_preference, parse_revision  # noqa: E402
+from speed_utils.prompts import prompt_of  # noqa: E402
+from speed_utils.records import Candidates, Preference, Prompted, example_text  # noqa: E402
+from speed_utils.sft import sft_rows  # noqa: E402
+from speed_utils.synthesis import revision_pair  # noqa: E402
+from speed_utils.teacher import TEACHER_DIR  # noqa: E402
+
+TRAINED_ON = {  # in a run's artifacts
+    "seed": "03_write_seed_data/seed.jsonl",
+    "preferences": "05_build_preferences/preferences.jsonl",
+    "revisions": "07_write_revisions/revisions.jsonl",
+}
+
+
+def main() -> None:
+    """Load the base once, each run's adapters in turn, and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--items", type=int, default=60)
+    options = parser.parse_args()
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base_dir = _one_base(options.runs)
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype="float32").eval()
+    seed, lists, revisions = (_unseen(name, options.runs, options.items) for name in TRAINED_ON)
+    seed_rows = sft_rows(tokenizer, [(prompt_of(e), example_text(e)) for e in seed])
+    list_rows = preference_rows(tokenizer, lists)
+    revision_rows = sft_rows(tokenizer, [revision_pair(revision) for revision in revisions])
+    is_unchanged = [revision.root == revision.revision for revision in revisions]
+    score = _Scorer(base, tokenizer)
+    result = {
+        "n_seed": len(seed),
+        "n_lists": len(lists),
+        "n_revisions": len(revisions),
+        "n_unchanged": sum(is_unchanged),
+        "runs": {},
+    }
+    losses = {
+        "junior": statistics.mean(score.losses(None, seed_rows)),
+        "revisor": _revisor(score.losses(None, revision_rows), is_unchanged),
+    }
+    for run_dir in options.runs:
+        junior, senior, revisor = (
+            run_dir / "artifacts" / stage / "training/adapter"
+            for stage in ("04_train_junior", "06_train_senior", "08_train_revisor")
+        )
+        result["runs"][str(run_dir)] = {
+            "junior": [losses["junior"], statistics.mean(score.losses(junior, seed_rows))],
+            "senior": _senior(score.margins(senior, junior, list_rows)),
+            "revisor": [
+                losses["revisor"],
+                _revisor(score.losses(revisor, revision_rows), is_unchanged),
+            ],
+        }
+        print(run_dir, result["runs"][str(run_dir)], file=sys.stderr)
+    print(json.dumps(result))
+
+
+def _one_base(run_dirs: Sequence[Path]) -> Path:
+    """The base model that all runs share."""
+    names = set()
+    for run_dir in run_dirs:
+        record = run_dir / "stages/04_train_junior.json"
+        if not record.is_file():
+            raise SystemExit(f"{record} is not there; name folders of finished runs")
+        names.add(json.loads(record.read_text(encoding="utf8"))["parameters"]["generator_model"])
+    if len(names) > 1:
+        raise SystemExit(f"the runs have other base models: {', '.join(sorted(names))}")
+    return resolve_model(names.pop())
+
+
+def _unseen(name: str, run_dirs: Sequence[Path], n_items: int) -> list:
+    """Recorded signals, parsed, whose ids no run was trained on; undecided lists are left out."""
+    paths = [run_dir / "artifacts" / TRAINED_ON[name] for run_dir in run_dirs]
+    seen = {row["id"] for path in paths for row in read_rows(path)}
+    rows = [row for row in read_rows(TEACHER_DIR / f"{name}.jsonl") if row["id"] not in seen]
+    random.Random("held out of all runs").shuffle(rows)
+    parsed = []
+    for row in rows:
+        fields = {field: row[field] for field in Prompted.model_fields}
+        answer = json.dumps(row["answer"], ensure_ascii=False)
+        if name == "seed":
+            parsed.append(parse_example(answer, Prompted(**fields), "teacher", stage="held out"))
+        elif name == "revisions":
+            parsed.append(parse_revision(answer, Prompted(**fields), row["root"], stage="held out"))
+        else:
+            judged = parse_preference(
+                answer, Candidates(**fields, texts=row["texts"]), stage="held out"
+            )
+            parsed += [judged] if isinstance(judged, Preference) else []
+    return parsed[:n_items]
+
+
+class _Scorer:
+    """Log-likelihoods of answers under the base and under adapters on it."""
+
+    def __init__(self, base: object, tokenizer: object):
+        self._base, self._tokenizer, self._model, self._names = base, tokenizer, None, {}
+
+    def losses(self, adapter_dir: Path | None, rows: Sequence[dict]) -> list[float]:
+        """Nats a token of each row's completion."""
+        logps = [self._logps(adapter_dir, row["prompt"], row["completion"]) for row in rows]
+        return [-sum(logp) / len(logp) for logp in logps]
+
+    def margins(self, senior: Path, junior: Path, rows: Sequence[dict]) -> list[float]:
+        """How much more the senior prefers chosen to rejected than the junior does, in nats."""
+        gains = {
+            field: [
+                sum(self._logps(senior, row["prompt"], row[field]))
+                - sum(self._logps(junior, row["prompt"], row[field]))
+                for row in rows
+            ]
+            for field in ("chosen", "rejected")
+        }
+        return [c - r for c, r in zip(gains["chosen"], gains["rejected"], strict=True)]
+
+    def _logps(self, adapter_dir: Path | None, prompt: str, answer: str) -> list[float]:
+        import torch
+
+        given = self._tokenizer(prompt)["input_ids"]
+        wanted = self._tokenizer(answer)["input_ids"] + [self._tokenizer.eos_token_id]
+        ids = torch.tensor([given + wanted])
+        with torch.inference_mode():
+            if adapter_dir is None:
+                logits = self._base(ids).logits
+            else:
+                logits = self._with(adapter_dir)(ids).logits
+            logps = logits[0, len(given) - 1 : -1].log_softmax(-1)
+        return logps.gather(1, torch.tensor(wanted)[:, None])[:, 0].tolist()
+
+    def _with(self, adapter_dir: Path) -> object:
+        from peft import PeftModel
+
+        if self._model is None:
+            self._names[adapter_dir] = "adapter0"
+            self._model = PeftModel.from_pretrained(self._base, adapter_dir, "adapter0").eval()
+        elif adapter_dir not in self._names:
+            self._names[adapter_dir] = f"adapter{len(self._names)}"
+            self._model.load_adapter(adapter_dir, self._names[adapter_dir])
+        self._model.set_adapter(self._names[adapter_dir])
+        return self._model
+
+
+def _senior(margins: Sequence[float]) -> dict:
+    from scipy.stats import binomtest
+
+    n_right = sum(margin > 0 for margin in margins)
+    interval = binomtest(n_right, len(margins)).proportion_ci()
+    return {
+        "accuracy": n_right / len(margins),
+        "interval": [interval.low, interval.high],
+        "margin": statistics.mean(margins),
+    }
+
+
+def _revisor(losses: Sequence[float], is_unchanged: Sequence[bool]) -> dict:
+    unchanged = [loss for loss, same in zip(losses, is_unchanged, strict=True) if same]
+    return {
+        "all": statistics.mean(losses),
+        "unchanged": statistics.mean(unchanged) if unchanged else None,
+    }
+
+
+if __name__ == "__main__":
+    main()
