@@ -1,15 +1,16 @@
 """Junior, senior and revisor of several runs, on recorded signals that none was trained on.
 
-python tests/benchmarks/heldout.py RUN_DIR [RUN_DIR ...] [--items 60]
+python tests/benchmarks/heldout.py RUN_DIR [RUN_DIR ...] [--items 40]
 
 A run's own held-out data are few, and other ones where the recorded teacher has changed. Here all
-runs are measured on up to --items seed examples, judged lists and revisions of data/teacher whose
-ids stand in no run's training data, in float32, whatever the runs were trained in.
+runs are measured on up to --items of each: seed examples, judged lists, revisions that change their
+root and revisions that do not, whose ids stand in no run's training data; in float32, whatever the
+runs were trained in.
 
-Prints one JSON object. For each run: junior and revisor with the loss (nats a token, mean over
-items) before and after training, the revisor's also apart for roots that the teacher left
-unchanged; the senior with the share of lists whose best it prefers to the worst more than its
-junior does, the 95 % interval of that share (Clopper-Pearson), and the mean margin in nats.
+Prints one JSON object: n_items, and the base's and each run's figures. Junior and revisor: the loss
+(nats a token, mean over items), the revisor's apart for changed and unchanged roots. Senior: the
+share of lists whose best it prefers to the worst more than its junior does, the 95 % interval of
+that share (Clopper-Pearson), and the mean margin in nats.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import json
 import random
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT_DIR = Path(__file__).parent.parent.parent
@@ -44,7 +46,7 @@ def main() -> None:
     """Load the base once, each run's adapters in turn, and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--items", type=int, default=60)
+    parser.add_argument("--items", type=int, default=40)
     options = parser.parse_args()
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -52,37 +54,36 @@ def main() -> None:
     base_dir = _one_base(options.runs)
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype="float32").eval()
-    seed, lists, revisions = (_unseen(name, options.runs, options.items) for name in TRAINED_ON)
-    seed_rows = sft_rows(tokenizer, [(prompt_of(e), example_text(e)) for e in seed])
-    list_rows = preference_rows(tokenizer, lists)
-    revision_rows = sft_rows(tokenizer, [revision_pair(revision) for revision in revisions])
-    is_unchanged = [revision.root == revision.revision for revision in revisions]
+    seed, lists, revisions = (_unseen(name, options.runs) for name in TRAINED_ON)
+    changed = [revision for revision in revisions if revision.root != revision.revision]
+    unchanged = [revision for revision in revisions if revision.root == revision.revision]
+    items = {"seed": seed, "lists": lists, "changed": changed, "unchanged": unchanged}
+    items = {name: own[: options.items] for name, own in items.items()}
+    seed_rows = sft_rows(tokenizer, [(prompt_of(e), example_text(e)) for e in items["seed"]])
+    list_rows = preference_rows(tokenizer, items["lists"])
+    revisor_rows = {
+        name: sft_rows(tokenizer, [revision_pair(revision) for revision in items[name]])
+        for name in ("changed", "unchanged")
+    }
     score = _Scorer(base, tokenizer)
     result = {
-        "n_seed": len(seed),
-        "n_lists": len(lists),
-        "n_revisions": len(revisions),
-        "n_unchanged": sum(is_unchanged),
-        "runs": {},
-    }
-    losses = {
-        "junior": statistics.mean(score.losses(None, seed_rows)),
-        "revisor": _revisor(score.losses(None, revision_rows), is_unchanged),
+        "n_items": {name: len(own) for name, own in items.items()},
+        "base": {
+            "junior": score.loss(None, seed_rows),
+            "revisor": {name: score.loss(None, rows) for name, rows in revisor_rows.items()},
+        },
     }
     for run_dir in options.runs:
         junior, senior, revisor = (
             run_dir / "artifacts" / stage / "training/adapter"
             for stage in ("04_train_junior", "06_train_senior", "08_train_revisor")
         )
-        result["runs"][str(run_dir)] = {
-            "junior": [losses["junior"], statistics.mean(score.losses(junior, seed_rows))],
-            "senior": _senior(score.margins(senior, junior, list_rows)),
-            "revisor": [
-                losses["revisor"],
-                _revisor(score.losses(revisor, revision_rows), is_unchanged),
-            ],
+        result[str(run_dir)] = {
+            "junior": score.loss(junior, seed_rows),
+            "senior": _accuracy(score.margins(senior, junior, list_rows)),
+            "revisor": {name: score.loss(revisor, rows) for name, rows in revisor_rows.items()},
         }
-        print(run_dir, result["runs"][str(run_dir)], file=sys.stderr)
+        print(run_dir, result[str(run_dir)], file=sys.stderr)
     print(json.dumps(result))
 
 
@@ -99,7 +100,7 @@ def _one_base(run_dirs: Sequence[Path]) -> Path:
     return resolve_model(names.pop())
 
 
-def _unseen(name: str, run_dirs: Sequence[Path], n_items: int) -> list:
+def _unseen(name: str, run_dirs: Sequence[Path]) -> list:
     """Recorded signals, parsed, whose ids no run was trained on; undecided lists are left out."""
     paths = [run_dir / "artifacts" / TRAINED_ON[name] for run_dir in run_dirs]
     seen = {row["id"] for path in paths for row in read_rows(path)}
@@ -118,7 +119,7 @@ def _unseen(name: str, run_dirs: Sequence[Path], n_items: int) -> list:
                 answer, Candidates(**fields, texts=row["texts"]), stage="held out"
             )
             parsed += [judged] if isinstance(judged, Preference) else []
-    return parsed[:n_items]
+    return parsed
 
 
 class _Scorer:
@@ -127,10 +128,10 @@ class _Scorer:
     def __init__(self, base: object, tokenizer: object):
         self._base, self._tokenizer, self._model, self._names = base, tokenizer, None, {}
 
-    def losses(self, adapter_dir: Path | None, rows: Sequence[dict]) -> list[float]:
-        """Nats a token of each row's completion."""
+    def loss(self, adapter_dir: Path | None, rows: Sequence[dict]) -> float | None:
+        """Nats a token of the rows' completions, mean over rows; None without rows."""
         logps = [self._logps(adapter_dir, row["prompt"], row["completion"]) for row in rows]
-        return [-sum(logp) / len(logp) for logp in logps]
+        return -statistics.mean(sum(logp) / len(logp) for logp in logps) if rows else None
 
     def margins(self, senior: Path, junior: Path, rows: Sequence[dict]) -> list[float]:
         """How much more the senior prefers chosen to rejected than the junior does, in nats."""
@@ -149,29 +150,33 @@ class _Scorer:
 
         given = self._tokenizer(prompt)["input_ids"]
         wanted = self._tokenizer(answer)["input_ids"] + [self._tokenizer.eos_token_id]
-        ids = torch.tensor([given + wanted])
-        with torch.inference_mode():
-            if adapter_dir is None:
-                logits = self._base(ids).logits
-            else:
-                logits = self._with(adapter_dir)(ids).logits
-            logps = logits[0, len(given) - 1 : -1].log_softmax(-1)
-        return logps.gather(1, torch.tensor(wanted)[:, None])[:, 0].tolist()
+        with torch.inference_mode(), self._adapted(adapter_dir) as model:
+            ids = torch.tensor([given + wanted])
+            logits = model(ids, logits_to_keep=len(wanted) + 1).logits[0, :-1]
+        return logits.log_softmax(-1).gather(1, torch.tensor(wanted)[:, None])[:, 0].tolist()
 
-    def _with(self, adapter_dir: Path) -> object:
+    @contextmanager
+    def _adapted(self, adapter_dir: Path | None) -> Iterator[object]:
+        """The base with an adapter, or without one."""
         from peft import PeftModel
 
-        if self._model is None:
-            self._names[adapter_dir] = "adapter0"
-            self._model = PeftModel.from_pretrained(self._base, adapter_dir, "adapter0").eval()
-        elif adapter_dir not in self._names:
-            self._names[adapter_dir] = f"adapter{len(self._names)}"
-            self._model.load_adapter(adapter_dir, self._names[adapter_dir])
-        self._model.set_adapter(self._names[adapter_dir])
-        return self._model
+        if adapter_dir is None and self._model is None:
+            yield self._base
+        elif adapter_dir is None:
+            with self._model.disable_adapter():
+                yield self._base
+        else:
+            if self._model is None:
+                self._model = PeftModel.from_pretrained(self._base, adapter_dir, "adapter0").eval()
+                self._names[adapter_dir] = "adapter0"
+            elif adapter_dir not in self._names:
+                self._names[adapter_dir] = f"adapter{len(self._names)}"
+                self._model.load_adapter(adapter_dir, self._names[adapter_dir])
+            self._model.set_adapter(self._names[adapter_dir])
+            yield self._model
 
 
-def _senior(margins: Sequence[float]) -> dict:
+def _accuracy(margins: Sequence[float]) -> dict:
     from scipy.stats import binomtest
 
     n_right = sum(margin > 0 for margin in margins)
@@ -180,14 +185,6 @@ def _senior(margins: Sequence[float]) -> dict:
         "accuracy": n_right / len(margins),
         "interval": [interval.low, interval.high],
         "margin": statistics.mean(margins),
-    }
-
-
-def _revisor(losses: Sequence[float], is_unchanged: Sequence[bool]) -> dict:
-    unchanged = [loss for loss, same in zip(losses, is_unchanged, strict=True) if same]
-    return {
-        "all": statistics.mean(losses),
-        "unchanged": statistics.mean(unchanged) if unchanged else None,
     }
 
 
