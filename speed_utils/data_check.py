@@ -19,9 +19,9 @@ from pathlib import Path
 from speed_utils.dedup import near_duplicates
 from speed_utils.overlap import ngrams
 from speed_utils.parsing import ParseError, parse_example, parse_tasks, slot_violations
-from speed_utils.records import KIND_KEYS, STS_TASK, Example, Prompted, Rejection
+from speed_utils.records import KIND_KEYS, STS_TASK, Example, Rejection
 from speed_utils.settings import ROOT_DIR
-from speed_utils.teacher import BRAINSTORMED_KINDS, TEACHER_DIR
+from speed_utils.teacher import BRAINSTORMED_KINDS, TEACHER_DIR, recorded_prompt
 
 BENCHMARK_DIR = ROOT_DIR / "data" / "benchmark"
 COPY_WORDS = 8  # of a query that also stand in its positive document
@@ -206,8 +206,7 @@ def _revision_faults(root: Example | Rejection, revision: Example | Rejection) -
 
 
 def _parsed(row: dict, text: str) -> Example | Rejection:
-    prompted = Prompted(**{name: row[name] for name in Prompted.model_fields})
-    return parse_example(text, prompted, "teacher", stage="check")
+    return parse_example(text, recorded_prompt(row), "teacher", stage="check")
 
 
 def _strings(value: object) -> Iterator[str]:

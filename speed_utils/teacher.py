@@ -226,7 +226,7 @@ def seed_prompts(
         for row in _rows(TEACHER_DIR / "seed.jsonl")
         if row["topic"] in topics and _fits(row["slots"], document_words_max)
     ]
-    return _take_by_kind([_prompted(row) for row in rows], n_examples, seed)
+    return _take_by_kind([recorded_prompt(row) for row in rows], n_examples, seed)
 
 
 def sample_prompts(
@@ -359,7 +359,7 @@ def recorded_candidates(n_lists: int, document_words_max: int | None) -> list[Ca
     Those whose prompts ask for more words than ``document_words_max`` are left out (None: none).
     """
     rows = _mixed_rows(TEACHER_DIR / "preferences.jsonl", document_words_max)[:n_lists]
-    return [Candidates(**_prompt_fields(row), texts=row["texts"]) for row in rows]
+    return [Candidates(**prompt_fields(recorded_prompt(row)), texts=row["texts"]) for row in rows]
 
 
 def recorded_roots(n_roots: int, document_words_max: int | None) -> list[tuple[Prompted, str]]:
@@ -368,7 +368,7 @@ def recorded_roots(n_roots: int, document_words_max: int | None) -> list[tuple[P
     Those whose prompts ask for more words than ``document_words_max`` are left out (None: none).
     """
     rows = _mixed_rows(TEACHER_DIR / "revisions.jsonl", document_words_max)[:n_roots]
-    return [(_prompted(row), row["root"]) for row in rows]
+    return [(recorded_prompt(row), row["root"]) for row in rows]
 
 
 def roots_of(lists: Sequence[Candidates], seed: int) -> list[tuple[Prompted, str]]:
@@ -422,12 +422,9 @@ def _recorded_answers(folder: Path) -> dict[str, str]:
     return answers
 
 
-def _prompt_fields(row: dict) -> dict:
-    return {name: row[name] for name in Prompted.model_fields}
-
-
-def _prompted(row: dict) -> Prompted:
-    return Prompted(**_prompt_fields(row))
+def recorded_prompt(row: dict) -> Prompted:
+    """The data prompt that a row of data/teacher (seed, preferences, revisions) answers."""
+    return Prompted(**{name: row[name] for name in Prompted.model_fields})
 
 
 def _fits(slots: dict, document_words_max: int | None) -> bool:

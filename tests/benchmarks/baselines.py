@@ -33,13 +33,12 @@ from speed_utils.models import folder_fingerprint, resolve_model  # noqa: E402
 from speed_utils.parsing import parse_example  # noqa: E402
 from speed_utils.records import (  # noqa: E402
     Example,
-    Prompted,
     Task,
     read_records,
     record_id,
     write_records,
 )
-from speed_utils.teacher import TEACHER_DIR, sample_prompts  # noqa: E402
+from speed_utils.teacher import TEACHER_DIR, recorded_prompt, sample_prompts  # noqa: E402
 
 ARMS = ("aligned", "instruct", "teacher_same_size", "teacher")
 
@@ -138,7 +137,7 @@ def _teacher_examples(n_examples: int, seed: int) -> list[Example]:
     examples = [
         parse_example(
             json.dumps(row["answer"]),
-            Prompted(**{name: row[name] for name in Prompted.model_fields}),
+            recorded_prompt(row),
             "teacher",
             stage="baselines",
         )

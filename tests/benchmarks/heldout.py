@@ -28,12 +28,17 @@ sys.path.insert(0, str(ROOT_DIR))
 from speed_utils.data_check import read_rows  # noqa: E402
 from speed_utils.dpo import preference_rows  # noqa: E402
 from speed_utils.models import resolve_model  # noqa: E402
-from speed_utils.parsing import parse_example, parse_preference, parse_revision  # noqa: E402
+from speed_utils.parsing import (  # noqa: E402
+    parse_example,
+    parse_preference,
+    parse_revision,
+    prompt_fields,
+)
 from speed_utils.prompts import prompt_of  # noqa: E402
-from speed_utils.records import Candidates, Preference, Prompted, example_text  # noqa: E402
+from speed_utils.records import Candidates, Preference, example_text  # noqa: E402
 from speed_utils.sft import sft_rows  # noqa: E402
 from speed_utils.synthesis import revision_pair  # noqa: E402
-from speed_utils.teacher import TEACHER_DIR  # noqa: E402
+from speed_utils.teacher import TEACHER_DIR, recorded_prompt  # noqa: E402
 
 TRAINED_ON = {  # in a run's artifacts
     "seed": "03_write_seed_data/seed.jsonl",
@@ -108,16 +113,14 @@ def _unseen(name: str, run_dirs: Sequence[Path]) -> list:
     random.Random("held out of all runs").shuffle(rows)
     parsed = []
     for row in rows:
-        fields = {field: row[field] for field in Prompted.model_fields}
-        answer = json.dumps(row["answer"], ensure_ascii=False)
+        prompt, answer = recorded_prompt(row), json.dumps(row["answer"], ensure_ascii=False)
         if name == "seed":
-            parsed.append(parse_example(answer, Prompted(**fields), "teacher", stage="held out"))
+            parsed.append(parse_example(answer, prompt, "teacher", stage="held out"))
         elif name == "revisions":
-            parsed.append(parse_revision(answer, Prompted(**fields), row["root"], stage="held out"))
+            parsed.append(parse_revision(answer, prompt, row["root"], stage="held out"))
         else:
-            judged = parse_preference(
-                answer, Candidates(**fields, texts=row["texts"]), stage="held out"
-            )
+            candidates = Candidates(**prompt_fields(prompt), texts=row["texts"])
+            judged = parse_preference(answer, candidates, stage="held out")
             parsed += [judged] if isinstance(judged, Preference) else []
     return parsed
 
@@ -135,15 +138,12 @@ class _Scorer:
 
     def margins(self, senior: Path, junior: Path, rows: Sequence[dict]) -> list[float]:
         """How much more the senior prefers chosen to rejected than the junior does, in nats."""
-        gains = {
-            field: [
-                sum(self._logps(senior, row["prompt"], row[field]))
-                - sum(self._logps(junior, row["prompt"], row[field]))
-                for row in rows
-            ]
-            for field in ("chosen", "rejected")
-        }
-        return [c - r for c, r in zip(gains["chosen"], gains["rejected"], strict=True)]
+
+        def gain(row: dict, field: str) -> float:
+            more, less = (self._logps(d, row["prompt"], row[field]) for d in (senior, junior))
+            return sum(more) - sum(less)
+
+        return [gain(row, "chosen") - gain(row, "rejected") for row in rows]
 
     def _logps(self, adapter_dir: Path | None, prompt: str, answer: str) -> list[float]:
         import torch
